@@ -1,0 +1,1 @@
+"""The key/value cache: the pool of pages on the device."""

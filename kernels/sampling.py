@@ -1,0 +1,157 @@
+"""From logits to tokens, on the device, in one traceable function.
+
+No sort: top-k and top-p each ask for a threshold ("the largest value such that at least k tokens, or at least this much
+probability, lie at or above it"), and a threshold is found by bisection over the bits of a float. Sorting 16 rows of
+a 49k vocabulary takes tens of milliseconds on a CPU, the passes a few.
+
+No generator: the noise of a token is a hash of (seed, position, token id), so what a seeded request gets does not depend
+on what shares its batch, on the order of rows or on the device. Sampling is argmax(logits + Gumbel noise), which draws from
+the softmax without computing it (Gumbel-max).
+
+    python -m pytest tests/test_sampling.py
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+MAX_BIAS = 300  # logit_bias entries of a request (as in the OpenAI API)
+MAX_STOP_IDS = 32  # stop ids of a request, the checkpoint's own included
+TOP_LOGPROBS = 20  # most alternatives that can be reported for a token
+
+PROMPT_BIT = 1 << 30  # in `seen`: the token occurs in the prompt; the bits below count the outputs
+
+
+@dataclass
+class SamplingTensors:
+    """Parameters of R requests, one row each; row 0 is padding. The defaults of a row mean "greedy, nothing else"."""
+
+    temperature: Tensor  # [R] 0 = greedy
+    top_k: Tensor  # [R] 0 = off
+    top_p: Tensor  # [R] 1 = off
+    min_p: Tensor  # [R] 0 = off
+    repetition_penalty: Tensor  # [R] 1 = off
+    presence_penalty: Tensor  # [R] 0 = off
+    frequency_penalty: Tensor  # [R] 0 = off
+    seed: Tensor  # [R] int64
+    stop_ids: Tensor  # [R, MAX_STOP_IDS] forbidden before position `stop_from`; padding repeats an id or holds -1
+    stop_from: Tensor  # [R] first position at which a stop id may be sampled
+    bias_ids: Tensor  # [R, MAX_BIAS] padding: id 0 with value 0
+    bias_values: Tensor  # [R, MAX_BIAS]
+    seen: Tensor  # [R, V] int32: PROMPT_BIT | number of times sampled
+
+    @classmethod
+    def empty(cls, rows: int, vocab_size: int, device: torch.device) -> "SamplingTensors":
+        def full(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full((rows, *shape), value, dtype=dtype, device=device)
+
+        return cls(
+            temperature=full(0),
+            top_k=full(0, dtype=torch.int64),
+            top_p=full(1),
+            min_p=full(0),
+            repetition_penalty=full(1),
+            presence_penalty=full(0),
+            frequency_penalty=full(0),
+            seed=full(0, dtype=torch.int64),
+            stop_ids=full(-1, MAX_STOP_IDS, dtype=torch.int64),
+            stop_from=full(0, dtype=torch.int64),
+            bias_ids=full(0, MAX_BIAS, dtype=torch.int64),
+            bias_values=full(0, MAX_BIAS),
+            seen=full(0, vocab_size, dtype=torch.int32),
+        )
+
+    def select(self, rows: Tensor) -> "SamplingTensors":
+        """The parameters of the rows of one batch [B]."""
+        return SamplingTensors(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def sample(logits: Tensor, p: SamplingTensors, positions: Tensor) -> Tensor:
+    """logits [B, V] float32, positions [B] that the new tokens will have -> token ids [B]."""
+    logits = apply_penalties(logits, p, positions)
+    greedy = logits.argmax(-1)
+    scaled = logits / torch.where(p.temperature > 0, p.temperature, 1.0)[:, None]
+    scaled = filter_logits(scaled, p.top_k, p.top_p, p.min_p)
+    drawn = (scaled + gumbel_noise(p.seed, positions, logits.shape[-1])).argmax(-1)
+    return torch.where(p.temperature > 0, drawn, greedy)
+
+
+def apply_penalties(logits: Tensor, p: SamplingTensors, positions: Tensor) -> Tensor:
+    """Repetition (CTRL, prompt and output), presence and frequency (OpenAI, output only), logit bias, early stops."""
+    count = p.seen & (PROMPT_BIT - 1)
+    repeated = torch.where(logits > 0, logits / p.repetition_penalty[:, None], logits * p.repetition_penalty[:, None])
+    logits = torch.where(p.seen != 0, repeated, logits)
+    logits = logits - p.frequency_penalty[:, None] * count - p.presence_penalty[:, None] * (count > 0)
+    logits = logits.scatter_add(1, p.bias_ids, p.bias_values)
+    early = (p.stop_ids >= 0) & (positions < p.stop_from)[:, None]
+    ban = torch.where(early, float("-inf"), 0.0)
+    return logits.scatter_add(1, p.stop_ids.clamp(min=0), ban)
+
+
+def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """-inf outside the top k, then outside the nucleus of mass p of what is left, then below min_p of the best.
+
+    Tokens that tie with the last one kept are kept too.
+    """
+    keys = sortable(logits)
+    on = top_k > 0
+    k_key = threshold(keys, torch.ones_like(logits), torch.where(on, top_k, 1).float())
+    keep = (keys >= k_key[:, None]) | ~on[:, None]
+    probs = torch.where(keep, (logits - logits.amax(-1, keepdim=True)).exp(), 0.0)  # relative to the best
+    p_key = threshold(keys, probs, top_p * probs.sum(-1))
+    keep &= (keys >= p_key[:, None]) | (top_p >= 1)[:, None]
+    keep &= probs >= min_p[:, None]
+    return logits.masked_fill(~keep, float("-inf"))
+
+
+def sortable(x: Tensor) -> Tensor:
+    """float32 -> int32 keys in the same order (sign and magnitude made two's complement)."""
+    bits = x.view(torch.int32)
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def threshold(keys: Tensor, weight: Tensor, need: Tensor) -> Tensor:
+    """The largest int32 key t [B] with sum(weight[keys >= t]) >= need [B]; keys, weight [B, V].
+
+    One bit of the answer a pass, from the top. If even everything is less than `need`, the smallest key there is.
+    """
+    low = torch.full_like(need, -(1 << 31), dtype=torch.int64)
+    for bit in range(31, -1, -1):
+        step = low + (1 << bit)
+        mass = torch.where(keys >= step.to(torch.int32)[:, None], weight, 0.0).sum(-1)
+        low = torch.where(mass >= need, step, low)
+    return low.to(torch.int32)
+
+
+def gumbel_noise(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel(0, 1) noise [B, V], a pure function of seed [B], position [B] and token id."""
+    key = _mix(_mix(_mix(seed & _MASK) ^ ((seed >> 32) & _MASK)) ^ positions)
+    bits = _mix(key[:, None] ^ _mix(torch.arange(1, vocab_size + 1, device=seed.device)))
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # 23 bits, so that it is exact and never 0 or 1
+    return -torch.log(-torch.log(uniform))
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finaliser in int64; both constants are below 2**31, so that no product overflows.
+
+    Constants: Wellons and Ettinger, hash-prospector (the unlicense).
+    """
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
+    return x ^ (x >> 15)
+
+
+def logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [B, V], ids [B] -> (logprob of ids [B], its rank from 1 [B], top values and ids [B, TOP_LOGPROBS]).
+
+    Of the model's own distribution: before temperature, penalties and filters, as vLLM and OpenAI report it.
+    """
+    all_logprobs = logits.log_softmax(-1)
+    chosen = all_logprobs.gather(1, ids[:, None])
+    rank = (all_logprobs > chosen).sum(-1) + 1
+    values, indices = all_logprobs.topk(min(TOP_LOGPROBS, logits.shape[-1]), dim=-1)
+    return chosen[:, 0], rank, values, indices

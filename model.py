@@ -1,0 +1,276 @@
+"""The model: one decoder-only Transformer, and a config whose fields are the differences between families.
+
+Llama, Qwen, Mistral, Gemma, Phi, OLMo, Granite, Cohere and the rest are the same block with a few switches: where the
+norms sit, how a head is rotated, which layers see a window, what is scaled by what. There is one `Attention`, one `MLP`,
+one `Block`; `families.py` says which switches each name sets, `checkpoint.py` fills in the weights.
+
+    python generate.py --model assets/folio-tiny --prompt "Once upon a time"
+
+Shapes: B rows (sequences), Q new tokens of each in this step, L history, H query heads, K KV heads, D head dim, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.linear import can_pack, linear, pack
+from kernels.reference import attention_bias, history_slots, paged_attention, write_kv, write_slots
+from rope import RopeSpec, inverse_frequencies
+
+KVCache = list[tuple[Tensor, Tensor]]  # a layer: keys, values, each [slots, K, D]
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@dataclass
+class ModelConfig:
+    """What shapes a dense decoder. The defaults are Llama's; a field that a family does not use stays off."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position: int
+
+    # the block
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # Gemma stores w - 1
+    norm_center: bool = False  # LayerNorm (without bias) instead of RMSNorm
+    pre_norm: bool = True  # normalise the input of attention and MLP
+    post_norm: bool = False  # normalise their output, before it is added to the residual
+    parallel: bool = False  # attention and MLP side by side on one norm (Cohere)
+
+    # attention
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: str = (
+        "off"  # "head": each head by itself; "heads": likewise with a weight for each head; "full": all as one
+    )
+    qk_norm_after_rope: bool = False
+    scale: float = 0.0  # of the scores; 0 means head_dim ** -0.5
+    attn_softcap: float | None = None
+    windows: list[int | None] = field(default_factory=list)  # each layer's sliding window, None = sees everything
+    ropes: list[RopeSpec] = field(default_factory=list)
+    layer_rope: list[int | None] = field(default_factory=list)  # each layer's index into `ropes`, None = no rotation
+    rope_interleaved: bool = False  # pairs (0, 1), (2, 3) ... instead of (0, D/2), (1, D/2 + 1) ...
+    query_temperature: tuple[float, int] | None = None  # (beta, L0): q *= 1 + beta ln(1 + floor(position / L0))
+
+    # MLP
+    activation: str = "silu"
+    mlp_bias: bool = False
+
+    # ends
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        self.scale = self.scale or self.head_dim**-0.5
+        self.windows = self.windows or [None] * self.num_layers
+        self.layer_rope = self.layer_rope or [0] * self.num_layers
+
+
+@dataclass
+class StepContext:
+    """What every layer of one step shares, computed once."""
+
+    cos_sin: list[tuple[Tensor, Tensor]]  # for each rope: cos, sin [B, Q, 1, dim / 2] float32
+    bias: dict[int | None, Tensor]  # for each window: [B, 1, Q, L]
+    read_slots: Tensor  # [B, L] where each row's history lies
+    write_slots: Tensor  # [B * Q] where the new keys and values go
+    query_scale: Tensor | None  # [B, Q, 1, 1]
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich, 2019), or LayerNorm without bias when `center`; computed in float32."""
+
+    def __init__(self, shape: int | tuple[int, ...], config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.eps, self.offset, self.center = config.norm_eps, config.norm_offset, config.norm_center
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        if self.center:
+            y = y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * (self.weight.float() + self.offset)).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W' + b. `pack()` re-lays the weight for the CPU, once, after loading."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(n_out), requires_grad=False) if bias else None
+
+    def pack(self) -> None:
+        if can_pack(self.weight):
+            self.weight = nn.Parameter(pack(self.weight.data), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn the first `2 * cos.shape[-1]` dims of x [B, Q, heads, D] pair by pair, in float32; the rest pass through."""
+    dim = 2 * cos.shape[-1]
+    y, rest = x[..., :dim].float(), x[..., dim:]
+    a, b = (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    y = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    return torch.cat((y.to(x.dtype), rest), -1) if rest.shape[-1] else y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.window, self.rope = config, config.windows[layer], config.layer_rope[layer]
+        H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv = Linear(config.hidden_size, (H + 2 * K) * D, config.qkv_bias)
+        self.out = Linear(H * D, config.hidden_size, config.out_bias)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm != "off":
+            self.q_norm = Norm({"head": (D,), "heads": (H, D), "full": (H * D,)}[config.qk_norm], config)
+            self.k_norm = Norm({"head": (D,), "heads": (K, D), "full": (K * D,)}[config.qk_norm], config)
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], step: StepContext) -> Tensor:
+        """x [B, Q, hidden], kv: this layer's keys and values [slots, K, D] (written here) -> [B, Q, hidden]."""
+        c = self.config
+        B, Q, _ = x.shape
+        q, k, v = self.qkv(x).split([n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)], -1)
+        if c.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.reshape(B, Q, -1, c.head_dim) for t in (q, k, v))
+        norm_heads = c.qk_norm in ("head", "heads")
+        if norm_heads and not c.qk_norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            cos, sin = step.cos_sin[self.rope]
+            q, k = rotate(q, cos, sin, c.rope_interleaved), rotate(k, cos, sin, c.rope_interleaved)
+        if norm_heads and c.qk_norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if step.query_scale is not None:
+            q = q * step.query_scale
+        write_kv(*kv, step.write_slots, k, v)
+        out = paged_attention(q, *kv, step.read_slots, step.bias[self.window], c.scale, c.attn_softcap)
+        return self.out(out.flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(self.activation(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and MLP on a residual stream, with a norm before, after or on both sides of each."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+
+        def norm(present: bool) -> nn.Module:
+            return Norm(config.hidden_size, config) if present else nn.Identity()
+
+        self.config = config
+        self.attn_norm, self.attn_post_norm = norm(config.pre_norm), norm(config.post_norm)
+        self.attn = Attention(config, layer)
+        self.mlp_norm, self.mlp_post_norm = norm(config.pre_norm and not config.parallel), norm(config.post_norm)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], step: StepContext) -> Tensor:
+        scale = self.config.residual_scale
+        if self.config.parallel:
+            h = self.attn_norm(x)
+            return x + (self.attn(h, kv, step) + self.mlp(h)) * scale
+        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), kv, step)) * scale
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))) * scale
+
+
+class Transformer(nn.Module):
+    """ids -> hidden states -> logits. Owns the weights; the pages that it writes to are handed in."""
+
+    def __init__(self, config: ModelConfig, max_model_len: int | None = None):
+        """`max_model_len`: the longest sequence that will be served (default: what the checkpoint allows)."""
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = Norm(config.hidden_size, config)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rope_factors: list[float] = []
+        for i, spec in enumerate(config.ropes):
+            with torch.device("cpu"):  # the weights may be made on "meta"; these few numbers never are
+                inv_freq, factor = inverse_frequencies(spec, max_model_len or config.max_position)
+            self.register_buffer(f"inv_freq_{i}", inv_freq, persistent=False)
+            self.rope_factors.append(factor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation; the embedding table may stay in the file's own."""
+        return self.norm.weight.dtype
+
+    def forward(self, ids: Tensor, positions: Tensor, page_table: Tensor, kv: KVCache, page_size: int) -> Tensor:
+        """ids, positions [B, Q] (position -1 = padding), page_table [B, N] -> hidden states [B, Q, hidden].
+
+        Writes the keys and values of the Q new tokens to their pages; attends to them and to all that is before them.
+        """
+        step = self.step_context(positions, page_table, page_size)
+        x = self.embed(ids).to(self.dtype)
+        if self.config.embed_scale != 1.0:
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded to the model's dtype, as in training
+        for block, layer_kv in zip(self.blocks, kv, strict=True):
+            x = block(x, layer_kv, step)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden] -> logits [..., V] float32."""
+        logits = self.head(hidden).float() * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def step_context(self, positions: Tensor, page_table: Tensor, page_size: int) -> StepContext:
+        c, dtype = self.config, self.dtype
+        read_slots = history_slots(page_table, page_size)
+        cos_sin = []
+        for i, factor in enumerate(self.rope_factors):
+            angles = positions.clamp(min=0)[:, :, None, None].float() * getattr(self, f"inv_freq_{i}")
+            cos_sin.append((angles.cos() * factor, angles.sin() * factor))
+        query_scale = None
+        if c.query_temperature is not None:
+            beta, length = c.query_temperature
+            steps = (positions.clamp(min=0) // length).float()[:, :, None, None]
+            query_scale = (1 + beta * torch.log(1 + steps)).to(dtype)
+        return StepContext(
+            cos_sin=cos_sin,
+            bias={w: attention_bias(positions, read_slots.shape[1], w, dtype) for w in set(c.windows)},
+            read_slots=read_slots,
+            write_slots=write_slots(page_table, positions, page_size),
+            query_scale=query_scale,
+        )
+
+    def pack(self) -> None:
+        """Lay every linear weight out for this CPU (see `kernels/linear.py`). Does nothing on a GPU."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights that one decode step has to read: all but the embedding table, of which it reads a row."""
+        weights = {id(m.weight): m.weight for m in self.modules() if isinstance(m, Linear | Norm)}
+        biases = [m.bias for m in self.modules() if isinstance(m, Linear) and m.bias is not None]
+        return sum(w.numel() * w.element_size() for w in [*weights.values(), *biases])

@@ -1,0 +1,1 @@
+"""Who runs next: requests, their states, and the plan of each step."""

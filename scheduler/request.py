@@ -1,0 +1,152 @@
+"""One request: what was asked for, how far it is, and how it ended.
+
+Names are those of vLLM, SGLang and the OpenAI API. A request ends exactly once, by `finish`, with one of
+"stop", "length", "abort", "error".
+
+    python -m pytest tests/test_request.py
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from errors import UserError
+from kernels.sampling import MAX_BIAS, MAX_STOP_IDS, TOP_LOGPROBS
+
+MAX_STOP_STRINGS = 16
+MAX_SAMPLES = 128
+
+
+@dataclass
+class SamplingParams:
+    """How to choose tokens and when to stop. UserError on construction names the field and its limits."""
+
+    max_new_tokens: int | None = None  # None: up to the context length
+    min_new_tokens: int = 0
+    n: int = 1
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: no logprobs; n: of the chosen token and the n likeliest
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        self.stop_token_ids = list(self.stop_token_ids)
+        _in_range("n", self.n, 1, MAX_SAMPLES)
+        _in_range("temperature", self.temperature, 0, 100)
+        _in_range("top_k", self.top_k, 0)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        _in_range("min_p", self.min_p, 0, 1)
+        if not 0 < self.repetition_penalty <= 100:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 100")
+        _in_range("presence_penalty", self.presence_penalty, -2, 2)
+        _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.max_new_tokens is not None:
+            _in_range("max_new_tokens", self.max_new_tokens, 1)
+        _in_range("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+        if self.seed is not None:
+            _in_range("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _in_range("logprobs", self.logprobs, 0, TOP_LOGPROBS)
+        if len(self.logit_bias) > MAX_BIAS:
+            raise UserError(f"logit_bias has {len(self.logit_bias)} entries; {MAX_BIAS} is the limit")
+        for value in self.logit_bias.values():
+            _in_range("a logit_bias value", value, -100, 100)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise UserError(f"stop has {len(self.stop)} strings; {MAX_STOP_STRINGS} is the limit")
+        if "" in self.stop:
+            raise UserError("stop has an empty string, which would end every text at once")
+
+    @property
+    def greedy(self) -> bool:
+        """Does argmax over the bare logits give the answer?"""
+        return (
+            self.temperature == 0
+            and self.repetition_penalty == 1
+            and self.presence_penalty == self.frequency_penalty == 0
+            and not self.logit_bias
+            and not self.min_new_tokens
+            and self.logprobs is None
+        )
+
+
+def _in_range(name: str, value: float, low: float, high: float | None = None) -> None:
+    above = high is not None and value > high
+    if (isinstance(value, float) and not math.isfinite(value)) or value < low or above:
+        limit = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"{name} is {value}; it must be {limit}")
+
+
+class State(Enum):
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass
+class TokenLogprob:
+    """Of one chosen token: its log probability, its rank (1 = likeliest), and the likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence in the engine. `n` samples of a prompt are n requests."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    stop_ids: frozenset[int]  # the checkpoint's and the caller's
+    max_new_tokens: int  # resolved: what fits
+    seed: int
+    index: int = 0  # which of the n samples
+    state: State = State.WAITING
+    row: int = 0  # of the device's static tensors; 0 = none
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0  # tokens whose keys and values lie in the pages
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None  # the stop id or string, or the error
+    queued_at: float = 0.0
+    token_times: list[float] = field(default_factory=list)  # when each output token reached the host
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def append(self, token: int) -> None:
+        """Take a sampled token, and end if it is a stop id or the last one asked for."""
+        self.output_ids.append(token)
+        if token in self.stop_ids and len(self.output_ids) > self.params.min_new_tokens:
+            self.finish("stop", token)
+        elif len(self.output_ids) >= self.max_new_tokens:
+            self.finish("length")
+
+    def finish(self, reason: str, detail: int | str | None = None) -> None:
+        if self.finish_reason is not None:
+            raise RuntimeError(f"request ended twice: {self.finish_reason}, then {reason}")
+        self.finish_reason, self.stop_reason = reason, detail
+
+
+def resolve_stop_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> frozenset[int]:
+    """The ids that end a text: the checkpoint's, unless ignored, and the caller's."""
+    ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
+    if len(ids) > MAX_STOP_IDS:
+        raise UserError(f"{len(ids)} stop token ids (the checkpoint's included); {MAX_STOP_IDS} is the limit")
+    return ids
