@@ -122,8 +122,13 @@ class Engine:
             ]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Complete one prompt, a Delta at a time. Closing the iterator aborts what is still running."""
-        requests = self._requests(prompt, params or SamplingParams())
+        """Complete one prompt, a Delta at a time. Closing the iterator aborts what is still running.
+
+        A prompt that cannot be served is refused here, before the first Delta is asked for.
+        """
+        return self._stream(self._requests(prompt, params or SamplingParams()))
+
+    def _stream(self, requests: list[Request]) -> Iterator[Delta]:
         sent = dict.fromkeys(requests, 0)
         with self._serving(requests) as streams:
             while requests:

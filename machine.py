@@ -88,6 +88,11 @@ def read_bandwidth(device: torch.device, mebibytes: int = 256, repeats: int = 5)
     return x.numel() * 4 / statistics.median(times[1:])
 
 
+def threads(device: torch.device) -> int:
+    """CPU threads that compute: torch's own choice, one a core, unless OMP_NUM_THREADS says otherwise. 1 beside a GPU."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes this process has had: resident on a CPU, allocated on a GPU."""
     if device.type == "cuda":

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear import can_pack, linear, pack
+from kernels.linear import can_pack, pack, packed_linear
 from kernels.reference import attention_bias, history_slots, paged_attention, write_kv, write_slots
 from rope import RopeSpec, inverse_frequencies
 
@@ -111,13 +111,15 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(n_out), requires_grad=False) if bias else None
+        self.packed = False
 
     def pack(self) -> None:
-        if can_pack(self.weight):
+        if not self.packed and can_pack(self.weight):
             self.weight = nn.Parameter(pack(self.weight.data), requires_grad=False)
+            self.packed = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return (packed_linear if self.packed else F.linear)(x, self.weight, self.bias)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -15,6 +15,7 @@ them; after that nothing compiles (`compiled_graphs` counts).
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from machine import cache_dir
 from model import KVCache, Transformer
 from scheduler.request import Request, TokenLogprob
 from scheduler.scheduler import Batch
+
+INDUCTOR_CACHE_DIR = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # the user's; torch soon sets one of its own
 
 
 @dataclass
@@ -115,7 +118,7 @@ class Runner:
 
     def compile(self) -> None:
         """Re-bind the step to its compiled form. Compiled code is kept in the cache folder for the next run."""
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_code_dir())
         torch._dynamo.config.recompile_limit = 64  # more than the shapes of several engines in one process
         self.step = torch.compile(step, fullgraph=True)
         self.compiled = True
@@ -160,6 +163,11 @@ class Runner:
     def _padded(self, values: Iterable[float], size: int, fill: float) -> Tensor:
         values = list(values)
         return torch.tensor(values + [fill] * (size - len(values)), device=self.device)
+
+
+def compiled_code_dir() -> Path:
+    """Where compiled code is kept between runs."""
+    return Path(INDUCTOR_CACHE_DIR or cache_dir() / "inductor")
 
 
 def compiled_graphs() -> int:

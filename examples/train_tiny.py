@@ -37,6 +37,10 @@ CONTEXT = 2048
 ROWS = {512: (8, 0.65), 1024: (4, 0.25), 2048: (2, 0.10)}
 BATCH_TOKENS = 4096
 INIT = 0.05  # the usual 0.02 is meant for wider models; attention starts flatter than it need be in one of width 192
+# (step, share of the peak learning rate), straight lines between: warm-up, a flat stretch that lets one decide late when
+# to stop, decay to zero. The knees of the decay are where the real run was stopped and resumed with a nearer end,
+# because the machine had other work to do.
+SCHEDULE = [(0, 0.005), (199, 1.0), (2340, 1.0), (2605, 0.83), (2710, 0.73), (3000, 0.0)]
 LATE = 1600  # the step from which the late mixture applies
 CHUNK = 200  # steps that are generated, tokenized and packed at a time
 
@@ -196,9 +200,9 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
     return model
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200, decay: float = 0.4) -> float:
-    """Warm-up, flat, linear to zero: the flat stretch makes it possible to decide late when to stop."""
-    return peak * min((step + 1) / warmup, 1.0, (steps - step) / (decay * steps))
+def learning_rate(step: int, peak: float) -> float:
+    steps, shares = zip(*SCHEDULE, strict=True)
+    return peak * float(np.interp(step, steps, shares))
 
 
 def loss_of(model: LlamaForCausalLM, batch: torch.Tensor, bf16: bool) -> torch.Tensor:
@@ -235,7 +239,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train folio-tiny from scratch.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3900, help="steps of 4096 tokens")
+    parser.add_argument("--steps", type=int, default=SCHEDULE[-1][0], help="stop here; the schedule does not change")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=2)
@@ -271,7 +275,7 @@ def main() -> None:
         if not batches or step % CHUNK == 0:
             batches = chunk_of_batches(tokenizer, step // CHUNK)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+            group["lr"] = learning_rate(step, args.lr)
         loss = loss_of(model, batches[step % CHUNK], args.bf16)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

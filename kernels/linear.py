@@ -10,7 +10,6 @@ The packed weight is an opaque tensor that the compiler cannot look into, so the
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Rows the blocked layout is chosen for. Measured: packing for 16 is the best or level at 1 to 512 rows.
@@ -44,7 +43,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """weight [out, in] -> the same numbers in oneDNN's blocked layout: as many bytes, readable by `linear` only."""
+    """weight [out, in] -> the same numbers in oneDNN's blocked layout: as many bytes, readable by `packed_linear` only."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, PACK_FOR_ROWS)
 
 
@@ -53,8 +52,6 @@ def unpack(weight: Tensor) -> Tensor:
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] @ weight [out, in] (plain or packed) -> [..., out]."""
-    if weight.is_mkldnn:
-        return torch.ops.folio.packed_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times a packed weight [out, in] -> [..., out]."""
+    return torch.ops.folio.packed_linear(x, weight, bias)

@@ -1,8 +1,7 @@
 """From logits to tokens, on the device, in one traceable function.
 
-No sort: top-k and top-p each ask for a threshold ("the largest value such that at least k tokens, or at least this much
-probability, lie at or above it"), and a threshold is found by bisection over the bits of a float. Sorting 16 rows of
-a 49k vocabulary takes tens of milliseconds on a CPU, the passes a few.
+No full sort: top-k and top-p need the logits in order only down to where they cut, which is nearly always among the best few
+hundred. Sorting 16 rows of a 49k vocabulary takes 28 ms on two CPU cores, finding their best 64 takes 0.6.
 
 No generator: the noise of a token is a hash of (seed, position, token id), so what a seeded request gets does not depend
 on what shares its batch, on the order of rows or on the device. Sampling is argmax(logits + Gumbel noise), which draws from
@@ -94,34 +93,38 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
     Tokens that tie with the last one kept are kept too.
     """
-    keys = sortable(logits)
-    on = top_k > 0
-    k_key = threshold(keys, torch.ones_like(logits), torch.where(on, top_k, 1).float())
-    keep = (keys >= k_key[:, None]) | ~on[:, None]
-    probs = torch.where(keep, (logits - logits.amax(-1, keepdim=True)).exp(), 0.0)  # relative to the best
-    p_key = threshold(keys, probs, top_p * probs.sum(-1))
-    keep &= (keys >= p_key[:, None]) | (top_p >= 1)[:, None]
-    keep &= probs >= min_p[:, None]
+    keep = logits >= torch.ops.folio.cutoff(logits, top_k, top_p)[:, None]
+    keep &= (logits - logits.amax(-1, keepdim=True)).exp() >= min_p[:, None]
     return logits.masked_fill(~keep, float("-inf"))
 
 
-def sortable(x: Tensor) -> Tensor:
-    """float32 -> int32 keys in the same order (sign and magnitude made two's complement)."""
-    bits = x.view(torch.int32)
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+@torch.library.custom_op("folio::cutoff", mutates_args=())
+def cutoff(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest logit [B] that is in the top k (0 = off) and in the nucleus of mass top_p (1 = off) of those.
 
-
-def threshold(keys: Tensor, weight: Tensor, need: Tensor) -> Tensor:
-    """The largest int32 key t [B] with sum(weight[keys >= t]) >= need [B]; keys, weight [B, V].
-
-    One bit of the answer a pass, from the top. If even everything is less than `need`, the smallest key there is.
+    Only as much is sorted as it takes. A CPU looks at the best 64, then at 8 times as many, until the cut of every row
+    lies inside; a GPU must not wait for an answer, and sorts all. One op, opaque to the compiler, for the loop's sake.
     """
-    low = torch.full_like(need, -(1 << 31), dtype=torch.int64)
-    for bit in range(31, -1, -1):
-        step = low + (1 << bit)
-        mass = torch.where(keys >= step.to(torch.int32)[:, None], weight, 0.0).sum(-1)
-        low = torch.where(mass >= need, step, low)
-    return low.to(torch.int32)
+    V = logits.shape[-1]
+    relative = (logits - logits.amax(-1, keepdim=True)).exp()
+    has_k, has_p = top_k > 0, top_p < 1
+    m = V if logits.is_cuda else min(V, max(64, int(top_k.max())))
+    while True:
+        best = logits.topk(m, sorted=True).values
+        p = (best - best[:, :1]).exp()
+        in_k = (torch.arange(m, device=logits.device) < top_k[:, None]) | ~has_k[:, None]
+        total = torch.where(has_k, (p * in_k).sum(-1), relative.sum(-1))
+        before = p.cumsum(-1) - p
+        keep = in_k & ((before < (top_p * total)[:, None]) | ~has_p[:, None])
+        if m == V or bool((~keep[:, -1] | ~(has_k | has_p) | (has_k & ~has_p & (top_k == m))).all()):
+            last = keep.sum(-1).clamp(min=1) - 1
+            return torch.where(has_k | has_p, best.gather(1, last[:, None])[:, 0], float("-inf"))
+        m = min(V, 8 * m)
+
+
+@cutoff.register_fake
+def _(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0])
 
 
 def gumbel_noise(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

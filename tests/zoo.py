@@ -161,16 +161,6 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         mlp_bias=True,
         tie_word_embeddings=True,
     ),
-    "granite_swa": family(
-        "granite_swa",
-        embedding_multiplier=3.0,
-        attention_multiplier=0.4,
-        residual_multiplier=0.6,
-        logits_scaling=1.7,
-        sliding_window=WINDOW,
-        layer_rope_theta=[0, 1000.0, 300.0, 1000.0],  # 0: no rope; and sinks
-        tie_word_embeddings=True,
-    ),
     # one norm, attention and MLP in parallel
     "cohere": family("cohere", logit_scale=0.7, tie_word_embeddings=True),
     "cohere_qk_norm": family("cohere", logit_scale=0.7, use_qk_norm=True, attention_bias=True),
@@ -187,7 +177,6 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         attention_bias=True,
         tie_word_embeddings=True,
     ),
-    "nanochat": family("nanochat", final_logit_softcapping=2.5),
 }
 
 

@@ -1,0 +1,416 @@
+"""Folio beside transformers on the same weights, prompts and threads: decode at batch 1 and 16, prefill of 512 tokens.
+
+    python -m bench.decode                                          # both shapes, all rows: half an hour or so
+    python -m bench.decode --shape smollm2-135m --rows b1 --repeats 5
+    python -m bench.decode --shape tiny --new-tokens 16             # does the benchmark itself work? a minute
+
+The weights are random, in the shapes of two known models; speed does not depend on what they say. A checkpoint is made
+once, under the system's temporary folder, and every engine loads it, in float32:
+
+    folio             the plain step
+    folio-compiled    Engine.compile(greedy=True)
+    hf                transformers, generate() with its dynamic cache
+    hf-compiled       generate() with a static cache and its own torch.compile of the decode step, which on a CPU one has
+                      to ask for; the cache is exactly as long as the row needs, each batch size has its own static graph
+    hf-frozen         the same with Inductor's freezing: weights become constants that it may pack
+
+A row "b16" decodes 16 prompts at once: tokens/s = 16 N / (t(N + 1 new tokens) - t(1 new token)), measured from outside,
+the same way for every engine. "prefill512" is t(1 new token) of one prompt of 512 tokens. Everything is compiled and
+warmed up, and its greedy tokens compared, before the clock starts; then the engines take turns.
+
+MBU is bytes of weights / time of a step, as a share of the read bandwidth measured in the same run; MFU is the operations
+of the linear layers / time, as a share of the matmul rate. First the ceilings, then a table, then one JSON line.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from bench import ceilings
+from bench.common import alternate, emit, machine_facts, progress, seconds, significant, summarize, table, use_threads
+from checkpoint import Checkpoint, load
+from engine import Engine, SamplingParams
+from model import Transformer
+from runner import compiled_graphs
+
+_ENDLESS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype="float32")
+# config.json of each. initializer_range is about 1.2 / sqrt(hidden_size): with the usual 0.02 a random model with a tied
+# head repeats its last token for ever, and comparing that says little.
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": dict(
+        model_type="llama",
+        hidden_size=576,
+        initializer_range=0.05,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        intermediate_size=1536,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+        **_ENDLESS,
+    ),
+    "qwen2.5-0.5b": dict(
+        model_type="qwen2",
+        hidden_size=896,
+        initializer_range=0.04,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        intermediate_size=4864,
+        vocab_size=151936,
+        max_position_embeddings=32768,
+        rope_theta=1000000.0,
+        tie_word_embeddings=True,
+        **_ENDLESS,
+    ),
+    "tiny": dict(
+        model_type="llama",
+        hidden_size=64,
+        initializer_range=0.25,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        vocab_size=512,
+        max_position_embeddings=2048,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        **_ENDLESS,
+    ),
+}
+ENGINES = ("folio", "folio-compiled", "hf", "hf-compiled", "hf-frozen")
+COMPARE = 32  # greedy tokens of each prompt that are compared before timing
+PAGE = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured: `new` tokens decoded after the first one, for each prompt; 0 = only the prefill."""
+
+    name: str
+    batch: int
+    prompt: int
+    new: int
+
+    @property
+    def longest(self) -> int:
+        return self.prompt + self.new + 1
+
+
+Tokens = list[list[int]]
+
+
+class Generator(Protocol):
+    def generate(self, prompts: Tokens, new: int, row: Row) -> Tokens:
+        """`new` greedy tokens after each prompt; caches have the size that `row` needs."""
+
+
+class Folio:
+    def __init__(self, model: Transformer, rows: list[Row], compiled: bool):
+        self.engine = Engine(
+            model,
+            max_batch_size=max(row.batch for row in rows),
+            max_model_len=max(row.longest for row in rows),
+            max_total_tokens=max(row.batch * -(-row.longest // PAGE) * PAGE for row in rows),
+            page_size=PAGE,
+        )
+        for shape in self.engine.compile(greedy=True) if compiled else ():
+            progress(f"  folio-compiled: {shape}")
+
+    def generate(self, prompts: Tokens, new: int, row: Row) -> Tokens:
+        params = SamplingParams(temperature=0, max_new_tokens=new, ignore_eos=True)
+        return [output.outputs[0].token_ids for output in self.engine.generate(prompts, params)]
+
+
+class Peer:
+    """transformers. The eager and the compiled one can share a model; a frozen one keeps its own compiled call."""
+
+    def __init__(self, model: Any, static: bool, frozen: bool):
+        from transformers import CompileConfig
+
+        self.model, self.static, self.frozen = model, static, frozen
+        # Its own default, "reduce-overhead", is CUDA graphs. With dynamic=False no size of the first row outlives it.
+        self.compile_config = CompileConfig(mode="default", dynamic=False)
+        self.compile_config._compile_all_devices = True  # else generate() leaves a CPU eager, without a word
+
+    def generate(self, prompts: Tokens, new: int, row: Row) -> Tokens:
+        from torch._inductor import config as inductor
+
+        ids = torch.tensor(prompts)
+        options: dict[str, Any] = dict(max_new_tokens=new, do_sample=False)
+        if self.static:
+            self.model._previous_max_cache_length = -1  # else it keeps the longest cache of all rows, and is slower
+            options |= dict(
+                cache_implementation="static", max_cache_len=row.longest, compile_config=self.compile_config
+            )
+        with inductor.patch(freezing=True) if self.frozen else nullcontext():
+            output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return output[:, ids.shape[1] :].tolist()
+
+
+# ---- set up
+
+
+def make_checkpoint(shape: str) -> Path:
+    """The folder of the random model, made if it is not there. Its name depends on the settings."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = SHAPES[shape]
+    tag = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+    folder = Path(tempfile.gettempdir()) / "folio-bench" / f"{shape}-{tag:08x}"
+    if (folder / "config.json").exists():
+        return folder
+    progress(f"{shape}: making a checkpoint in {folder}")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero so far, which would hide a bias that is not added
+            parameter.data.normal_(0, 0.5)
+    folder.parent.mkdir(exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+    model.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return folder
+
+
+def load_peer(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None  # exact number of tokens
+    return model
+
+
+def build(folder: Path, names: list[str], rows: list[Row], folio_model: Transformer) -> dict[str, Generator]:
+    """The engines asked for. Those of one side share their weights, but for the frozen one."""
+    torch._dynamo.config.recompile_limit = 64  # one graph for each row of each engine
+    engines: dict[str, Generator] = {}
+    shared = load_peer(folder) if {"hf", "hf-compiled"} & set(names) else None
+    for name in names:
+        if name.startswith("folio"):
+            engines[name] = Folio(folio_model, rows, compiled=name == "folio-compiled")
+        else:
+            model = load_peer(folder) if name == "hf-frozen" else shared
+            engines[name] = Peer(model, static=name != "hf", frozen=name == "hf-frozen")
+    return engines
+
+
+def make_prompts(row: Row, vocab: int) -> Tokens:
+    generator = torch.Generator().manual_seed(row.batch * 10_000 + row.prompt)
+    return torch.randint(0, vocab, (row.batch, row.prompt), generator=generator).tolist()
+
+
+def parse_row(name: str, prompt: int, new: int) -> Row:
+    """ "b16" or "prefill512" -> Row; ValueError otherwise."""
+    match = re.fullmatch(r"(b|prefill)([1-9]\d*)", name)
+    if match is None:
+        raise ValueError(f"row {name!r} is unknown; write b1, b16, prefill512 or the like")
+    number = int(match[2])
+    return Row(name, number, prompt, new) if match[1] == "b" else Row(name, 1, number, 0)
+
+
+# ---- measure
+
+
+def warm_up(engines: dict[str, Generator], row: Row, prompts: Tokens) -> dict[str, str]:
+    """Run each engine through the row's shapes once. -> how many greedy tokens equal the reference's, "30/32".
+
+    The reference is eager transformers, or the first engine there is.
+    """
+    compare = min(COMPARE, row.new + 1)
+    tokens = {}
+    for name, engine in engines.items():
+        progress(f"  {row.name}: warming up {name}")
+        graphs = compiled_graphs()
+        first = engine.generate(prompts, 1, row)
+        tokens[name] = engine.generate(prompts, compare, row)
+        if [len(t) for t in tokens[name]] != [compare] * row.batch or [t[:1] for t in tokens[name]] != first:
+            raise RuntimeError(
+                f"{name} does not give the {compare} tokens it was asked for, or not the same ones twice"
+            )
+        if compiled_graphs() > graphs:
+            progress(f"  {row.name}: {name} compiled {compiled_graphs() - graphs} graphs")
+    reference = tokens["hf"] if "hf" in tokens else next(iter(tokens.values()))
+    flat = [token for sequence in reference for token in sequence]
+    progress(f"  {row.name}: {len(set(flat))} different tokens among {len(flat)}")
+    return {name: f"{_agreeing(t, reference)}/{len(flat)}" for name, t in tokens.items()}
+
+
+def _agreeing(tokens: Tokens, reference: Tokens) -> int:
+    """Tokens before the first difference, over all prompts: after it, two texts have nothing to do with each other."""
+    total = 0
+    for ours, theirs in zip(tokens, reference, strict=True):
+        same = [a == b for a, b in zip(ours, theirs, strict=True)]
+        total += same.index(False) if False in same else len(same)
+    return total
+
+
+def clock(engine: Generator, row: Row, prompts: Tokens) -> Callable[[], tuple[float, float]]:
+    """-> a measure: (seconds to the first token, seconds of the `row.new` steps after it)."""
+
+    def measure() -> tuple[float, float]:
+        for _ in range(5):
+            first = seconds(lambda: engine.generate(prompts, 1, row))
+            if not row.new:
+                return first, 0.0
+            decode = seconds(lambda: engine.generate(prompts, row.new + 1, row)) - first
+            if decode > 0:
+                return first, decode
+            progress(f"  {row.name}: {row.new + 1} tokens took less time than 1; once more")
+        raise RuntimeError("this machine is too busy to measure anything")
+
+    return measure
+
+
+def measure_row(engines: dict[str, Generator], row: Row, vocab: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """-> for each engine: tokens/s, seconds to the first token, agreement."""
+    prompts = make_prompts(row, vocab)
+    agreement = warm_up(engines, row, prompts)
+    graphs = compiled_graphs()
+    progress(f"  {row.name}: timing")
+    samples = alternate({name: clock(engine, row, prompts) for name, engine in engines.items()}, repeats)
+    if compiled_graphs() != graphs:
+        progress(f"  {row.name}: WARNING: {compiled_graphs() - graphs} graphs were compiled while the clock ran")
+    results = {}
+    for name, times in samples.items():
+        count = row.batch * (row.new or row.prompt)
+        rate = summarize(count / (decode if row.new else first) for first, decode in times)
+        results[name] = {"rate": rate, "first": summarize(first for first, _ in times), "agree": agreement[name]}
+    return results
+
+
+# ---- report
+
+
+def share_of_ceiling(row: Row, model: Transformer, rate: float, read: float, flops: float) -> float:
+    """MBU of a decode row, MFU of a prefill row, given tokens/s and the machine's bytes/s and operations/s."""
+    if row.new:
+        return rate / row.batch * model.weight_bytes_per_token() / read
+    head = model.config.vocab_size * model.config.hidden_size  # computed for the last token only
+    body = model.weight_bytes_per_token() // model.dtype.itemsize - head
+    return 2 * (body + head / row.prompt) * rate / flops
+
+
+def floor_lines(shape: str, model: Transformer, rows: list[Row], read: float) -> Iterator[str]:
+    size = model.weight_bytes_per_token()
+    yield f"{shape}: {size / 1e6:,.1f} MB of weights a step; at {read / 1e9:.1f} GB/s a step takes {size / read * 1e3:.2f} ms"
+    for row in rows:
+        if row.new:
+            yield f"  {row.name}: at most {read / size * row.batch:,.1f} tokens/s (attention's keys and values not counted)"
+
+
+def report(
+    row: Row, results: dict[str, dict[str, Any]], share: Callable[[float], float]
+) -> tuple[list[list[str]], dict[str, Any]]:
+    """A row's results as lines of the table and as JSON."""
+    peers = [r["rate"].median for name, r in results.items() if name.startswith("hf")]
+    lines, record = [], {}
+    for name, result in results.items():
+        rate, first = result["rate"], result["first"]
+        ratio = rate.median / max(peers) if peers else None
+        step = 1e3 * row.batch / rate.median if row.new else None
+        lines.append(
+            [
+                row.name,
+                name,
+                rate.show(1),
+                f"{step:.2f}" if step else "-",
+                first.show(1, 1e3),
+                f"{share(rate.median):.1%}",
+                f"{ratio:.2f}x" if ratio else "-",
+                result["agree"],
+            ]
+        )
+        record[name] = {
+            "tokens_per_s": rate.json(),
+            "first_token_s": first.json(),
+            "mbu" if row.new else "mfu": significant(share(rate.median), 4),
+            "to_best_hf": ratio and significant(ratio, 4),
+            "agree": result["agree"],
+        }
+    return lines, record
+
+
+HEADERS = ["row", "engine", "tokens/s", "ms/step", "first token ms", "MBU / MFU", "to best hf", "same tokens"]
+
+
+def bench_shape(shape: str, args: argparse.Namespace, read: float, flops: float) -> dict[str, Any]:
+    """Measure and print one shape -> its part of the JSON line. The models go when it returns."""
+    rows = [parse_row(name, args.prompt_tokens, args.new_tokens) for name in args.rows]
+    folder = make_checkpoint(shape)
+    progress(f"{shape}: loading")
+    folio_model = load(Checkpoint.open(folder), torch.float32, torch.device("cpu"), max(row.longest for row in rows))
+    engines = build(folder, args.engines, rows, folio_model)
+    lines, record = [], {}
+    for row in rows:
+        results = measure_row(engines, row, folio_model.config.vocab_size, args.repeats)
+        more, record[row.name] = report(
+            row, results, lambda rate, row=row: share_of_ceiling(row, folio_model, rate, read, flops)
+        )
+        lines += more
+    print("\n" + "\n".join(floor_lines(shape, folio_model, rows, read)) + "\n")
+    print(table(HEADERS, lines), flush=True)
+    return {"weight_bytes_per_step": folio_model.weight_bytes_per_token(), "rows": record}
+
+
+def parse_args() -> argparse.Namespace:
+    def listed(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
+
+    parser = argparse.ArgumentParser(description="Compare Folio with transformers: decode and prefill on this CPU.")
+    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all", help="all: the two real ones")
+    parser.add_argument("--rows", type=listed, default=["b1", "b16", "prefill512"], help="e.g. b1,b16,prefill512")
+    parser.add_argument("--engines", type=listed, default=list(ENGINES), help=f"of {','.join(ENGINES)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="of each prompt of a decode row")
+    parser.add_argument("--new-tokens", type=int, default=128, help="decoded after the first one")
+    parser.add_argument("--threads", type=int, help="default: what torch takes by itself")
+    parser.add_argument("--out", help="also write the JSON line to this file")
+    args = parser.parse_args()
+    unknown = set(args.engines) - set(ENGINES)
+    if unknown or not args.engines:
+        parser.error(f"--engines: choose of {','.join(ENGINES)}, not {','.join(sorted(unknown)) or 'nothing'}")
+    for option in ("repeats", "prompt_tokens", "new_tokens"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1")
+    try:
+        for name in args.rows:
+            parse_row(name, args.prompt_tokens, args.new_tokens)
+    except ValueError as error:
+        parser.error(f"--rows: {error}")
+    return args
+
+
+def main() -> None:
+    from transformers.utils import logging
+
+    args = parse_args()
+    use_threads(args.threads)
+    logging.disable_progress_bar()
+    measured = ceilings.measure()
+    print(ceilings.show(measured), flush=True)
+    read, flops = ceilings.ceiling(measured, "read"), ceilings.ceiling(measured, "float32")
+    shapes = ["smollm2-135m", "qwen2.5-0.5b"] if args.shape == "all" else [args.shape]
+    results = {shape: bench_shape(shape, args, read, flops) for shape in shapes}
+    settings = {key: getattr(args, key) for key in ("repeats", "prompt_tokens", "new_tokens")}
+    record = {"bench": "decode", "dtype": "float32", **machine_facts(), **settings}
+    emit(record | {"ceilings": ceilings.as_json(measured), "shapes": results}, args.out)
+
+
+if __name__ == "__main__":
+    main()

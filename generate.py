@@ -1,0 +1,199 @@
+"""Text in, text out: the main job, from the command line.
+
+    python generate.py --compile --prompt "Once upon a time"
+    echo "Once upon a time" | python generate.py --temperature 0
+    python generate.py --chat
+
+Streams the text to standard output; progress and the figures go to standard error. Exit code 2 and one line for a
+mistake of the user's, 130 after Ctrl-C.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import UserError
+from figures import Figures, figures_line
+
+if TYPE_CHECKING:  # torch takes seconds to import: `--help` and a mistyped flag need not wait for it
+    from engine import Engine, SamplingParams
+
+BUNDLED_MODEL = Path(__file__).parent / "assets" / "folio-tiny"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Complete a prompt, or chat.", allow_abbrev=False)
+    parser.add_argument(
+        "--model", default=str(BUNDLED_MODEL), help="checkpoint folder or hub id (default: the bundled one)"
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="the text to go on with (default: standard input, if it is a pipe)")
+    source.add_argument("--prompt-file", help="a file with the prompt")
+    source.add_argument("--chat", action="store_true", help="talk: history is kept; /reset starts anew, /exit ends")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="default: 256, or what the context leaves")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest (default: 0, off)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest with this mass (default: 1, off)"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="drop what is below this share of the likeliest (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
+    parser.add_argument("--stop", action="append", default=[], help="end before this text (may be given several times)")
+    parser.add_argument("--num-samples", type=int, default=1, help="texts to make, as one batch (default: 1)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the step first: seconds now, speed after")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--quiet", action="store_true", help="only the text: no progress, no figures")
+    args = parser.parse_args(argv)
+    if args.chat and args.num_samples > 1:
+        parser.error("--chat has one answer at a time; leave --num-samples out")
+    if args.chat and args.json:
+        parser.error("--json describes one completion; leave it out with --chat")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        prompt = None if args.chat else read_prompt(args)
+        params = sampling_params(args)
+        engine, figures = start(args, params)
+        if args.chat:
+            chat(engine, params, args, figures)
+        else:
+            complete(engine, prompt, params, args, figures)
+    except UserError as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has gone: `| head`
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        text = args.prompt
+    elif args.prompt_file is not None:
+        try:
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the prompt file {args.prompt_file}: {error}") from error
+    elif not sys.stdin.isatty():
+        text = sys.stdin.read().removesuffix("\n")
+    else:
+        raise UserError("no prompt: give --prompt, --prompt-file, --chat, or a pipe on standard input")
+    if not text:
+        raise UserError("the prompt is empty")
+    return text
+
+
+def sampling_params(args: argparse.Namespace) -> "SamplingParams":
+    from scheduler.request import SamplingParams
+
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        n=args.num_samples,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop=args.stop,
+    )
+
+
+def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine", Figures]:
+    """Load, and compile if asked to and able to."""
+    from engine import Engine
+
+    engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, max_batch_size=args.num_samples)
+    figures = Figures(engine)
+    if args.compile:
+        try:
+            figures.time_compile(engine.compile(greedy=params.greedy), show=not args.quiet)
+        except UserError as error:
+            print(f"\n*** NOT COMPILED: {error}. Going on uncompiled, slower. ***\n", file=sys.stderr)
+    return engine, figures
+
+
+def complete(
+    engine: "Engine", prompt: str, params: "SamplingParams", args: argparse.Namespace, figures: Figures
+) -> None:
+    """One prompt. A single sample streams; several are printed one after the other when all are done."""
+    ids = engine.tokenizer.encode(prompt)
+    params.max_new_tokens = params.max_new_tokens or min(256, max(1, engine.max_model_len - len(ids)))
+    outputs: list[dict[str, Any]] = [{"text": "", "token_ids": [], "finish_reason": None} for _ in range(params.n)]
+    single = params.n == 1
+    stream = engine.stream(ids, params)
+    if single:
+        print(prompt, end="", flush=True)
+    for delta in figures.watch(stream, len(ids)):
+        out = outputs[delta.index]
+        out["text"] += delta.text
+        out["token_ids"] += delta.token_ids
+        out["finish_reason"] = delta.finish_reason
+        if single:
+            print(delta.text, end="", flush=True)
+    for i, out in enumerate(outputs):
+        print("" if single else f"--- {i + 1} ---\n{prompt}{out['text']}")
+    measured = figures.report()
+    if not args.quiet:
+        print(figures_line(measured), file=sys.stderr)
+    if args.json:
+        first = outputs[0] | {"prompt": prompt, "prompt_tokens": len(ids), "figures": measured}
+        print(json.dumps(first | ({} if single else {"samples": outputs})))
+
+
+def chat(engine: "Engine", params: "SamplingParams", args: argparse.Namespace, figures: Figures) -> None:
+    """A conversation on the terminal, or line by line from a pipe."""
+    history: list[dict[str, str]] = []
+    asked = params.max_new_tokens
+    for line in user_lines(quiet=args.quiet):
+        if line == "/reset":
+            history.clear()
+            continue
+        history.append({"role": "user", "content": line})
+        ids = engine.tokenizer.apply_chat_template(history)
+        room = engine.max_model_len - len(ids)
+        if room < 1:
+            history.pop()
+            print(f"the conversation fills the context of {engine.max_model_len} tokens: /reset", file=sys.stderr)
+            continue
+        params.max_new_tokens = min(asked or 256, room)
+        answer = ""
+        try:
+            for delta in figures.watch(engine.stream(ids, params), len(ids)):
+                answer += delta.text
+                print(delta.text, end="", flush=True)
+        except KeyboardInterrupt:  # ends this answer; what was said so far stays in the history
+            print(" ...", end="")
+        print()
+        history.append({"role": "assistant", "content": answer})
+
+
+def user_lines(quiet: bool) -> Iterator[str]:
+    """What the user types, until /exit or the end of the input."""
+    ask = "" if quiet or not sys.stdin.isatty() else "> "
+    while True:
+        try:
+            line = input(ask).strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+if __name__ == "__main__":
+    sys.exit(main())
