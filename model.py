@@ -82,7 +82,7 @@ class StepContext:
     """What every layer of one step shares, computed once."""
 
     cos_sin: list[tuple[Tensor, Tensor]]  # for each rope: cos, sin [B, Q, 1, dim / 2] float32
-    bias: dict[int | None, Tensor]  # for each window: [B, 1, Q, L]
+    bias: dict[int | None, Tensor]  # for each window: [B, 1, G * Q, L], G = H / K
     read_slots: Tensor  # [B, L] where each row's history lies
     write_slots: Tensor  # [B * Q] where the new keys and values go
     query_scale: Tensor | None  # [B, Q, 1, 1]
@@ -247,6 +247,7 @@ class Transformer(nn.Module):
 
     def step_context(self, positions: Tensor, page_table: Tensor, page_size: int) -> StepContext:
         c, dtype = self.config, self.dtype
+        groups = c.num_heads // c.num_kv_heads
         read_slots = history_slots(page_table, page_size)
         cos_sin = []
         for i, factor in enumerate(self.rope_factors):
@@ -259,7 +260,7 @@ class Transformer(nn.Module):
             query_scale = (1 + beta * torch.log(1 + steps)).to(dtype)
         return StepContext(
             cos_sin=cos_sin,
-            bias={w: attention_bias(positions, read_slots.shape[1], w, dtype) for w in set(c.windows)},
+            bias={w: attention_bias(positions, read_slots.shape[1], w, groups, dtype) for w in set(c.windows)},
             read_slots=read_slots,
             write_slots=write_slots(page_table, positions, page_size),
             query_scale=query_scale,

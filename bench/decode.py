@@ -143,23 +143,36 @@ class Peer:
         from transformers import CompileConfig
 
         self.model, self.static, self.frozen = model, static, frozen
-        # Its own default, "reduce-overhead", is CUDA graphs. With dynamic=False no size of the first row outlives it.
-        self.compile_config = CompileConfig(mode="default", dynamic=False)
+        # Its own default, "reduce-overhead", is CUDA graphs. With dynamic=False no size of the first row outlives it. That
+        # the frozen one has options of its own also keeps Dynamo from handing it the graph of the other.
+        mode = dict(mode=None, options={"freezing": True}) if frozen else dict(mode="default")
+        self.compile_config = CompileConfig(dynamic=False, **mode)
         self.compile_config._compile_all_devices = True  # else generate() leaves a CPU eager, without a word
+        self.caches: dict[Row, Any] = {}
 
     def generate(self, prompts: Tokens, new: int, row: Row) -> Tokens:
         from torch._inductor import config as inductor
 
         ids = torch.tensor(prompts)
-        options: dict[str, Any] = dict(max_new_tokens=new, do_sample=False)
-        if self.static:
-            self.model._previous_max_cache_length = -1  # else it keeps the longest cache of all rows, and is slower
-            options |= dict(
-                cache_implementation="static", max_cache_len=row.longest, compile_config=self.compile_config
-            )
+        options = self._static_options(row) if self.static else {}
         with inductor.patch(freezing=True) if self.frozen else nullcontext():
-            output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            output = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **options
+            )
         return output[:, ids.shape[1] :].tolist()
+
+    def _static_options(self, row: Row) -> dict[str, Any]:
+        """A cache for each row, used again and again.
+
+        `cache_implementation="static"` would make all caches as long as the longest so far, and a new one each time,
+        which a frozen graph does not notice: it holds on to the memory of the first.
+        """
+        from transformers import StaticCache
+
+        if row not in self.caches:
+            self.caches[row] = StaticCache(self.model.config, max_cache_len=row.longest)
+        self.caches[row].reset()
+        return dict(past_key_values=self.caches[row], compile_config=self.compile_config)
 
 
 # ---- set up
@@ -228,7 +241,7 @@ def parse_row(name: str, prompt: int, new: int) -> Row:
 
 
 def warm_up(engines: dict[str, Generator], row: Row, prompts: Tokens) -> dict[str, str]:
-    """Run each engine through the row's shapes once. -> how many greedy tokens equal the reference's, "30/32".
+    """Run each engine through the row's shapes. -> how many greedy tokens equal the reference's, e.g. "30/32".
 
     The reference is eager transformers, or the first engine there is.
     """
@@ -238,11 +251,11 @@ def warm_up(engines: dict[str, Generator], row: Row, prompts: Tokens) -> dict[st
         progress(f"  {row.name}: warming up {name}")
         graphs = compiled_graphs()
         first = engine.generate(prompts, 1, row)
-        tokens[name] = engine.generate(prompts, compare, row)
-        if [len(t) for t in tokens[name]] != [compare] * row.batch or [t[:1] for t in tokens[name]] != first:
-            raise RuntimeError(
-                f"{name} does not give the {compare} tokens it was asked for, or not the same ones twice"
-            )
+        tokens[name], again = (engine.generate(prompts, compare, row) for _ in range(2))
+        if [len(t) for t in again] != [compare] * row.batch:
+            raise RuntimeError(f"{name} does not give the {compare} tokens that it was asked for")
+        if again != tokens[name] or [t[:1] for t in again] != first:
+            raise RuntimeError(f"{name} does not give the same tokens twice")
         if compiled_graphs() > graphs:
             progress(f"  {row.name}: {name} compiled {compiled_graphs() - graphs} graphs")
     reference = tokens["hf"] if "hf" in tokens else next(iter(tokens.values()))

@@ -1,9 +1,16 @@
 """Train folio-tiny from scratch: tokenizer, chat template, model, checkpoint folder in Hugging Face form.
 
-    python -m examples.train_tiny --out out/folio-tiny                # the real run
-    python -m examples.train_tiny --out /tmp/trial --steps 100        # a trial: does the loss fall, how fast is it?
+    python -m examples.train_tiny --out out/folio-tiny          # the real run; the folder to load is out/folio-tiny/model
+    python -m examples.train_tiny --out out/trial --steps 100   # a trial: does the loss fall, how fast is it?
 
-@@FACTS@@
+The shipped weights: 2.56 M parameters, 3,000 steps of 4,096 tokens = 12.3 M tokens, 40 minutes on two cores of an AMD
+EPYC (Zen 4, AVX-512 with bf16) and torch 2.13. That is 5,100 tokens/s over the whole run and 6,500 while nothing else
+ran; a machine that is shared does better with OMP_WAIT_POLICY=passive. The run was stopped and resumed four times: at
+step 1,350 to bring in the late mixture of the corpus, then to bring the end nearer. Both are written down below
+(LATE, SCHEDULE), so that one uninterrupted run of this command takes the same steps over the same documents.
+
+What each skill needed: the grammar of stories and of JSON came within 500 steps, copying an unseen name from step 900
+on, sums only with the late mixture, and a good part of the rest from the decay.
 
 The model is `transformers.LlamaForCausalLM` on purpose: Folio's own model.py has to give the same tokens as an
 implementation that we did not write. Everything else is the shortest form of the usual recipe: packed rows,

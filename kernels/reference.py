@@ -28,13 +28,13 @@ def write_slots(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor
     return torch.where(positions < 0, 0, slots).flatten()
 
 
-def attention_bias(positions: Tensor, history: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """positions [B, Q] -> 0 where the query at position p sees entry j of its history, -inf elsewhere [B, 1, Q, history].
+def attention_bias(positions: Tensor, history: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+    """positions [B, Q] -> [B, 1, G * Q, history]: 0 where a query sees entry j of its history, -inf elsewhere.
 
-    It sees j <= p, and with a sliding window of W only the last W of those, itself included. A padding query sees
-    entry 0, so that no row of the softmax is empty.
+    The query at position p sees j <= p, and with a sliding window of W only the last W of those, itself included. The same
+    for each of the `groups` G heads that share a KV head. A padding query sees entry 0, so that no row is empty.
     """
-    query = positions.clamp(min=0)[:, None, :, None]
+    query = positions.clamp(min=0).repeat(1, groups)[:, None, :, None]
     key = torch.arange(history, device=positions.device)
     visible = key <= query
     if window is not None:
@@ -53,7 +53,7 @@ def paged_attention(
 ) -> Tensor:
     """softmax(softcap(q k' * scale) + bias) v over each row's pages.
 
-    q [B, Q, H, D], keys / values [slots, K, D], slots [B, L], bias [B, 1, Q, L] -> [B, Q, H, D].
+    q [B, Q, H, D], keys / values [slots, K, D], slots [B, L], bias [B, 1, G * Q, L] -> [B, Q, H, D].
     The G = H / K query heads that share a KV head become rows of one product, so each key is read once.
     """
     B, Q, H, D = q.shape
@@ -62,8 +62,6 @@ def paged_attention(
     k = keys[slots].transpose(1, 2)  # [B, K, L, D]
     v = values[slots].transpose(1, 2)
     q = q.view(B, Q, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * Q, D)
-    if G > 1 and Q > 1:
-        bias = bias[:, :, None].expand(B, 1, G, Q, bias.shape[-1]).flatten(2, 3)  # [B, 1, G * Q, L]
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     else:

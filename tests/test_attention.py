@@ -67,7 +67,7 @@ def write_all(case: Case) -> None:
 
 def attend(case: Case, q: Tensor, positions: Tensor, window: int | None, scale: float, softcap: float | None) -> Tensor:
     slots = history_slots(case.table, case.page_size)
-    bias = attention_bias(positions, slots.shape[1], window, q.dtype)
+    bias = attention_bias(positions, slots.shape[1], window, case.heads // case.kv_heads, q.dtype)
     return paged_attention(q, case.keys.to(q.dtype), case.values.to(q.dtype), slots, bias, scale, softcap)
 
 
@@ -178,13 +178,14 @@ def test_history_slots():
     assert write_slots(table, torch.tensor([[2, 4], [-1, 0]]), 3).tolist() == [17, 7, 0, 3]
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_bias(dtype: torch.dtype):
+def test_attention_bias(groups: int, dtype: torch.dtype):
     positions = torch.tensor([[3, -1, 0]])
     for window, seen in {None: [[0, 1, 2, 3], [0], [0]], 2: [[2, 3], [0], [0]], 1: [[3], [0], [0]]}.items():
-        bias = attention_bias(positions, 6, window, dtype)
-        assert bias.shape == (1, 1, 3, 6) and bias.dtype == dtype
+        bias = attention_bias(positions, 6, window, groups, dtype)
+        assert bias.shape == (1, 1, groups * 3, 6) and bias.dtype == dtype
         expected = torch.full((3, 6), float("-inf"), dtype=dtype)
         for row, columns in zip(expected, seen, strict=True):
             row[columns] = 0
-        assert bias[0, 0].equal(expected)
+        assert bias[0, 0].equal(expected.repeat(groups, 1))

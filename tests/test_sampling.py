@@ -105,7 +105,9 @@ def test_min_p(min_p: float):
     assert_kept(min_p=min_p)
 
 
-@pytest.mark.parametrize("top_k, top_p, min_p", [(10, 0.7, 0), (5, 0.95, 0.1), (30, 1, 0.02), (0, 0.8, 0.2), (99, 0.9, 0)])
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p", [(10, 0.7, 0), (5, 0.95, 0.1), (30, 1, 0.02), (0, 0.8, 0.2), (99, 0.9, 0)]
+)
 def test_filters_together(top_k: int, top_p: float, min_p: float):
     """The nucleus is one of what top-k leaves."""
     assert_kept(top_k, top_p, min_p)

@@ -85,7 +85,7 @@ def test_a_prompt_in_chunks(chunk_size: int, chunks: list[int]):
     batches = drain(s)
     assert [len(b.ids[0]) for b in batches] == chunks
     assert [b.start[0] for b in batches] == [sum(chunks[:i]) for i in range(len(chunks))]
-    assert sum((b.ids[0] for b in batches), []) == r.prompt_ids
+    assert [i for b in batches for i in b.ids[0]] == r.prompt_ids
     assert [b.samples for b in batches] == [False] * (len(chunks) - 1) + [True]
     assert r.output_ids == [9]
 
