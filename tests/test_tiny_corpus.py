@@ -11,11 +11,9 @@ from random import Random
 import pytest
 
 from examples.tiny_corpus import (
-    PLOTS,
     SHARES,
     TOOLS,
     Chat,
-    a_character,
     addition,
     document,
     documents,
@@ -24,9 +22,9 @@ from examples.tiny_corpus import (
     few_shot,
     held_out,
     offer,
-    story,
     tool_turn,
 )
+from examples.tiny_stories import PLOTS, a_character, story
 
 PERSON = re.compile(r'\{"name": "[^"]+", "age": \d+, "city": "[^"]+"\}')
 SUM = re.compile(r"(\d+) \+ (\d+) = (\d+)")
