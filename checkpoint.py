@@ -45,7 +45,7 @@ def resolve(model: str | Path) -> Path:
     except (
         Exception
     ) as error:  # offline, unknown id, no access, a broken cache: each has its own class in the hub's client
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model} is neither a folder here nor a model that the hub gives: {reason}") from error
 
 
@@ -88,13 +88,16 @@ class Checkpoint:
         """Tensor name -> the file that holds it."""
         index = _read_json(self.path / "model.safetensors.index.json")
         if index is not None:
+            if not isinstance(index.get("weight_map"), dict):
+                raise UserError(f"{self.path}/model.safetensors.index.json has no weight_map")
             shards = sorted(set(index["weight_map"].values()))
             paths = [self.path / shard for shard in shards]
             missing = [p.name for p in paths if not p.exists()]
             if missing:
                 raise UserError(f"{self.path} lacks {_few(missing)} of the {len(shards)} files in its index")
         else:
-            paths = sorted(self.path.glob("*.safetensors"))
+            single = self.path / "model.safetensors"
+            paths = [single] if single.exists() else sorted(self.path.glob("*.safetensors"))
         if not paths:
             pickles = sorted(p.name for p in self.path.glob("*.bin")) + sorted(p.name for p in self.path.glob("*.pt*"))
             hint = "; these are pickles, which can run code, and are not read. Convert once where you trust them: " + (
@@ -244,9 +247,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
 
 
 def _few(names: list[str], most: int = 3) -> str:

@@ -62,7 +62,9 @@ class Engine:
             raise UserError(f"max_model_len is {max_model_len}; it must be between 2 and the model's {c.max_position}")
         self.model, self.tokenizer, self.eos_token_ids = model, tokenizer, list(eos_token_ids)
         self.max_model_len = max_model_len or c.max_position
-        pages = 1 + (max_total_tokens or self._default_tokens(max_batch_size)) // page_size
+        if max_total_tokens is None:
+            max_total_tokens = self._default_tokens(max_batch_size, page_size)
+        pages = 1 + max_total_tokens // page_size
         self.pool = PagePool(pages, page_size)
         self.scheduler = Scheduler(self.pool, max_batch_size, chunk_size)
         self.runner = Runner(model, pages, page_size, max_batch_size, chunk_size)
@@ -131,14 +133,16 @@ class Engine:
     def _stream(self, requests: list[Request]) -> Iterator[Delta]:
         sent = dict.fromkeys(requests, 0)
         with self._serving(requests) as streams:
-            while requests:
+            going = set(requests)
+            while going:
                 self.step()
-                for r in requests:
-                    text, ids = streams[r].take(), r.output_ids[sent[r] :]
+                for r in [r for r in requests if r in going]:
+                    ids, reason = r.output_ids[sent[r] :], r.finish_reason
                     sent[r] += len(ids)
-                    if ids or r.finish_reason is not None:
-                        yield Delta(r.index, text, ids, r.finish_reason, r.stop_reason)
-                requests = [r for r in requests if r.finish_reason is None]
+                    if reason is not None:
+                        going.remove(r)
+                    if ids or reason is not None:
+                        yield Delta(r.index, streams[r].take(), ids, reason, r.stop_reason)
 
     # ---- the step
 
@@ -153,11 +157,13 @@ class Engine:
         tokens, finite, logprobs = self.runner.read(self.runner.launch(batch), batch)
         for request, ok in zip(batch.requests, finite, strict=True):
             if not ok:
+                self.runner.clear(request.pages)
                 self.scheduler.end(request, "error", "the model's logits are not finite")
         self.scheduler.commit(batch, tokens)
         if batch.samples:
             for request, logprob in zip(batch.requests, logprobs, strict=True):
-                self._take_token(request, logprob)
+                if request.finish_reason != "error":
+                    self._take_token(request, logprob)
         self.steps += 1
 
     def _take_token(self, request: Request, logprob: TokenLogprob | None) -> None:
@@ -205,7 +211,9 @@ class Engine:
             raise UserError(f"{asked} exceed the context of {self.max_model_len}")
         seed = params.seed if params.seed is not None else random.getrandbits(62)
         stop_ids = resolve_stop_ids(params, self.eos_token_ids)
-        return [Request(ids, params, stop_ids, params.max_new_tokens or room, seed + i, i) for i in range(params.n)]
+        return [
+            Request(ids, params, stop_ids, params.max_new_tokens or room, _int64(seed + i), i) for i in range(params.n)
+        ]
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -233,11 +241,17 @@ class Engine:
                 if self._streams.pop(r, None) is not None:
                     self.scheduler.end(r, "abort")
 
-    def _default_tokens(self, max_batch_size: int) -> int:
-        c = self.model.config
-        device = self.model.norm.weight.device
-        per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.model.dtype.itemsize
-        return max(self.max_model_len, min(max_batch_size * self.max_model_len, free_memory(device) // 2 // per_token))
+    def _default_tokens(self, max_batch_size: int, page_size: int) -> int:
+        """What all rows together can use, or half of the free memory; never less than one row needs."""
+        c, device = self.model.config, self.model.norm.weight.device
+        row = -(-self.max_model_len // page_size) * page_size
+        bytes_per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.model.dtype.itemsize
+        return max(row, min(max_batch_size * row, free_memory(device) // 2 // bytes_per_token))
+
+
+def _int64(n: int) -> int:
+    """Wrap around, as an integer of the device would."""
+    return (n + 2**63) % 2**64 - 2**63
 
 
 def _completion(request: Request, text: str) -> CompletionOutput:

@@ -138,7 +138,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     try:
         settings = AutoConfig.for_model(**raw)
     except Exception as error:  # transformers raises many kinds here; each means that the file makes no sense
-        raise UserError(f"config.json of a {name} model is not valid: {error}") from error
+        raise UserError(f"config.json of a {name} model is not valid: {' '.join(str(error).split())}") from error
     fields = _common_fields(settings) | FAMILIES[name].fields(settings)
     if fields["activation"] not in ACTIVATIONS:
         raise UserError(f"activation {fields['activation']!r} is not supported; these are: {', '.join(ACTIVATIONS)}")

@@ -28,8 +28,11 @@ class TextStream:
         """`may_stop` False: what is text so far cannot be part of a stop string (min_new_tokens)."""
         if self.detokenizer is None or token >= self.detokenizer.vocab_size:  # padding of the model's vocabulary
             return
-        self._extend(self.detokenizer.add([token]))
-        if not may_stop:
+        new = self.detokenizer.add([token])
+        if may_stop:
+            self._extend(new)
+        else:
+            self.text += new
             self._search_from = len(self.text)
 
     def finish(self) -> None:

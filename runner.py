@@ -80,9 +80,6 @@ class Runner:
     def set_row(self, request: Request) -> None:
         """Write a request's sampling parameters to its row of the device."""
         p, s, row = request.params, self.sampling, request.row
-        if p.greedy:
-            s.temperature[row] = 0
-            return
         s.temperature[row], s.top_k[row], s.top_p[row], s.min_p[row] = p.temperature, p.top_k, p.top_p, p.min_p
         s.repetition_penalty[row] = p.repetition_penalty
         s.presence_penalty[row], s.frequency_penalty[row] = p.presence_penalty, p.frequency_penalty
@@ -93,6 +90,14 @@ class Runner:
         s.bias_values[row] = self._padded(p.logit_bias.values(), s.bias_values.shape[1], 0)
         s.seen[row] = 0
         s.seen[row, torch.tensor(request.prompt_ids, device=self.device)] = PROMPT_BIT
+
+    @torch.inference_mode()
+    def clear(self, pages: list[int]) -> None:
+        """Zero pages that hold NaN: masked or not, it would spread to whoever owns them next."""
+        at = torch.tensor(pages, device=self.device)[:, None] * self.page_size
+        slots = (at + torch.arange(self.page_size, device=self.device)).flatten()
+        for keys, values in self.kv:
+            keys[slots], values[slots] = 0, 0
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> StepOutput:

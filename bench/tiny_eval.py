@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from examples.tiny_corpus import BOYS, GIRLS, PET_NAMES, Chat, Item, eval_items
+from examples.tiny_corpus import Chat, Item, eval_items
+from examples.tiny_stories import BOYS, GIRLS, PET_NAMES
 
 # How many tokens an answer may take; an answer that runs into the limit is wrong or, for a story, has no end.
 BUDGET = {"extraction": 64, "tool": 80, "addition": 8, "few_shot": 64, "story": 400}

@@ -70,7 +70,7 @@ def sample(logits: Tensor, p: SamplingTensors, positions: Tensor) -> Tensor:
     """logits [B, V] float32, positions [B] that the new tokens will have -> token ids [B]."""
     logits = apply_penalties(logits, p, positions)
     greedy = logits.argmax(-1)
-    scaled = logits / torch.where(p.temperature > 0, p.temperature, 1.0)[:, None]
+    scaled = logits / torch.where(p.temperature > 0, p.temperature.clamp(min=1e-5), 1.0)[:, None]
     scaled = filter_logits(scaled, p.top_k, p.top_p, p.min_p)
     drawn = (scaled + gumbel_noise(p.seed, positions, logits.shape[-1])).argmax(-1)
     return torch.where(p.temperature > 0, drawn, greedy)

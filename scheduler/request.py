@@ -16,6 +16,7 @@ from kernels.sampling import MAX_BIAS, MAX_STOP_IDS, TOP_LOGPROBS
 
 MAX_STOP_STRINGS = 16
 MAX_SAMPLES = 128
+MAX_INT = 2**31 - 1
 
 
 @dataclass
@@ -34,18 +35,22 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: no logprobs; n: of the chosen token and the n likeliest
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        for name in ("n", "top_k", "seed", "max_new_tokens", "min_new_tokens", "logprobs"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise UserError(f"{name} is {value!r}; it must be a whole number")
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         self.stop_token_ids = list(self.stop_token_ids)
         _in_range("n", self.n, 1, MAX_SAMPLES)
         _in_range("temperature", self.temperature, 0, 100)
-        _in_range("top_k", self.top_k, 0)
+        _in_range("top_k", self.top_k, 0, MAX_INT)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         _in_range("min_p", self.min_p, 0, 1)
@@ -54,8 +59,8 @@ class SamplingParams:
         _in_range("presence_penalty", self.presence_penalty, -2, 2)
         _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.max_new_tokens is not None:
-            _in_range("max_new_tokens", self.max_new_tokens, 1)
-        _in_range("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+            _in_range("max_new_tokens", self.max_new_tokens, 1, MAX_INT)
+        _in_range("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens or MAX_INT)
         if self.seed is not None:
             _in_range("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:

@@ -30,7 +30,7 @@ class Batch:
 
 class Scheduler:
     def __init__(self, pool: PagePool, max_batch_size: int, chunk_size: int):
-        self.pool, self.chunk_size = pool, chunk_size
+        self.pool, self.max_batch_size, self.chunk_size = pool, max_batch_size, chunk_size
         self.free_rows = list(range(max_batch_size, 0, -1))  # row 0 is padding
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -110,5 +110,5 @@ class Scheduler:
         if len(owned) != len(set(owned)) or len(owned) + self.pool.free_pages != self.pool.total:
             raise RuntimeError(f"{len(owned)} pages owned + {self.pool.free_pages} free != {self.pool.total}")
         rows = [r.row for r in self.running] + self.free_rows
-        if len(rows) != len(set(rows)):
-            raise RuntimeError(f"a row has two owners: {sorted(rows)}")
+        if sorted(rows) != list(range(1, self.max_batch_size + 1)):
+            raise RuntimeError(f"rows are lost or have two owners: {sorted(rows)} of {self.max_batch_size}")

@@ -1,0 +1,114 @@
+"""The command line, run as a user runs it, on the bundled model: output, JSON, pipes, mistakes, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GREEDY = ["--temperature", "0", "--dtype", "float32", "--max-new-tokens", "12"]
+
+
+def run(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "generate.py"), *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=os.environ | env, timeout=300)
+
+
+def test_prompt_pipe_file_and_json_agree(tmp_path: Path):
+    (tmp_path / "prompt.txt").write_text("Once upon a time")
+    by_flag = run("--prompt", "Once upon a time", *GREEDY)
+    assert by_flag.returncode == 0 and by_flag.stdout.startswith("Once upon a time, ")
+    for word in ("prompt tokens", "new at", "MBU", "peak memory", "MB of weights per token"):
+        assert word in by_flag.stderr
+    by_pipe = run(*GREEDY, "--quiet", stdin="Once upon a time\n")
+    assert (by_pipe.stdout, by_pipe.stderr) == (by_flag.stdout, "")
+    by_file = run("--prompt-file", str(tmp_path / "prompt.txt"), *GREEDY, "--quiet", "--json")
+    text, last = by_file.stdout.rstrip("\n").rsplit("\n", 1)
+    result = json.loads(last)
+    assert text == by_flag.stdout.rstrip("\n") == "Once upon a time" + result["text"]
+    assert result["finish_reason"] == "length" and len(result["token_ids"]) == 12
+    assert result["figures"]["new_tokens"] == 12 and result["figures"]["decode_tokens_per_second"] > 0
+
+
+def test_samples_are_seeded_and_differ():
+    args = ("--prompt", "Once", "--seed", "3", "--num-samples", "3", "--max-new-tokens", "8", "--quiet", "--json")
+    first, second = (json.loads(run(*args).stdout.splitlines()[-1])["samples"] for _ in range(2))
+    assert [s["token_ids"] for s in first] == [s["token_ids"] for s in second]
+    assert len({tuple(s["token_ids"]) for s in first}) > 1
+
+
+def test_a_stop_string_is_trimmed():
+    result = json.loads(run("--prompt", "Once upon a time", *GREEDY, "--stop", "a", "--json").stdout.splitlines()[-1])
+    assert result["finish_reason"] == "stop" and "a" not in result["text"]
+
+
+def test_chat_keeps_and_resets_its_history():
+    lines = "Mia is 7 years old and lives in Oslo.\n/reset\nWhat is 2 + 2?\n/exit\nnever read\n"
+    result = run("--chat", "--temperature", "0", "--dtype", "float32", stdin=lines)
+    assert result.returncode == 0
+    answers = result.stdout.splitlines()
+    assert json.loads(answers[0]) == {"name": "Mia", "age": 7, "city": "Oslo"}
+    assert answers[1:] == ["4"]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--chat"], "not allowed with"),
+        (["--chat", "--json"], "--json"),
+        (["--chat", "--num-samples", "2"], "--num-samples"),
+        (["--prompt", "x", "--top-p", "2"], "top_p is 2.0"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "x", "--num-samples", "0"], "n is 0"),
+        (["--prompt", "x", "--max-new-tokens", "3000"], "1 prompt tokens + 3000 new ones exceed the context of 2048"),
+        (["--prompt", "a " * 3000], "the context has 2048"),
+        (["--prompt", "x", "--device", "tpu"], "device 'tpu' is unknown"),
+        (["--prompt", "x", "--model", "no/such/folder"], "no such folder"),
+        (["--prompt-file", "no-such-file"], "cannot read the prompt file no-such-file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], message: str):
+    result = run(*args)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_cuda_without_one(monkeypatch):
+    result = run("--prompt", "x", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 2 and "0 CUDA devices" in result.stderr
+
+
+def test_compile_without_a_compiler_says_so_and_goes_on():
+    result = run("--prompt", "Once", *GREEDY, "--compile", CXX="no-such-compiler", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0 and result.stdout.startswith("Once")
+    assert "NOT COMPILED" in result.stderr and "install g++" in result.stderr
+
+
+def test_ctrl_c_ends_cleanly():
+    command = [
+        sys.executable,
+        str(ROOT / "generate.py"),
+        "--prompt",
+        "Once",
+        "--max-new-tokens",
+        "2000",
+        "--stop",
+        "\0",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.read(4) == "Once"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+
+
+def test_help_needs_no_torch():
+    code = "import sys, generate\ntry: generate.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.stdout.splitlines()[-1] == "False"

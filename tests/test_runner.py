@@ -1,0 +1,74 @@
+"""The compiled step: the same tokens as eager, and nothing compiles after the warm-up. One layer, to keep it short."""
+
+import random
+
+import pytest
+import torch
+
+from engine import Engine, SamplingParams
+from model import ModelConfig, Transformer
+from rope import RopeSpec
+from runner import compiled_graphs
+
+VOCAB = 96
+
+
+def make_engine(device: str = "cpu") -> Engine:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=48,
+        max_position=256,
+        ropes=[RopeSpec(theta=1000.0, dim=16, max_position=256)],
+    )
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model = model.to(device)
+    model.pack()
+    return Engine(model, max_batch_size=5, chunk_size=24)
+
+
+def workload(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts of 1 to 60 tokens: greedy, sampled, penalised and filtered ones side by side."""
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 60))] for _ in range(12)]
+    kinds = [
+        dict(temperature=0),
+        dict(temperature=0.9, seed=7),
+        dict(temperature=1.2, seed=8, top_k=9, top_p=0.8, min_p=0.01),
+        dict(temperature=0, repetition_penalty=1.3, logprobs=3),
+        dict(seed=9, frequency_penalty=0.5, presence_penalty=0.2, logit_bias={5: 3.0}),
+    ]
+    return prompts, [SamplingParams(max_new_tokens=rng.randint(1, 30), **rng.choice(kinds)) for _ in prompts]
+
+
+def tokens(engine: Engine, seed: int) -> list[list[int]]:
+    return [out.outputs[0].token_ids for out in engine.generate(*workload(seed))]
+
+
+def test_compiled_gives_the_same_tokens_and_compiles_nothing_after_the_warm_up():
+    eager = make_engine()
+    expected = [tokens(eager, seed) for seed in range(4)]
+    engine = make_engine()
+    before = compiled_graphs()
+    shapes = list(engine.compile())
+    assert compiled_graphs() - before == len(shapes) == 6
+    assert [tokens(engine, seed) for seed in range(4)] == expected
+    assert compiled_graphs() - before == len(shapes)
+    engine.check()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
+def test_gpu_equals_cpu():
+    on_cpu, on_gpu = make_engine(), make_engine("cuda")
+    prompts, _ = workload(0)
+    greedy = SamplingParams(temperature=0, max_new_tokens=8)
+    for a, b in zip(on_cpu.generate(prompts, greedy), on_gpu.generate(prompts, greedy), strict=True):
+        assert a.outputs[0].token_ids == b.outputs[0].token_ids
