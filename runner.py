@@ -1,13 +1,16 @@
 """The runner: a planned batch -> device tensors -> forward -> sampled tokens.
 
-`step` is one plain function, from token ids to sampled ids. `--compile` re-binds it:
+`step` is one plain function, from token ids to sampled ids; `forward` is its first half, from ids to logits. `--compile`
+re-binds them:
 
     self.step = torch.compile(step, fullgraph=True)
+    self.forward = torch.compile(forward, fullgraph=True)
 
-so eager and compiled share one code path, and `fullgraph=True` is an assertion that nothing in the step falls back to
-Python. Serving meets three shapes: one row decoding, many rows decoding, one row prefilling; the number of rows, of new
-tokens and of pages is marked dynamic. Each comes in two variants, greedy and with everything. `warm_up` compiles all of
-them; after that nothing compiles (`compiled_graphs` counts).
+so eager and compiled share one code path, and `fullgraph=True` is an assertion that nothing in them falls back to Python.
+Decode is one call of `step`, in four graphs: one row or many, greedy or with everything. A chunk of a prompt runs `forward`
+compiled and chooses its one token eagerly: a millisecond a request, against a graph that takes as long to compile as all of
+decode. The number of rows, of new tokens and of pages is marked dynamic. `warm_up` meets every shape that serving will meet;
+after that nothing compiles (`compiled_graphs` counts).
 
     python -m pytest tests/test_runner.py
 """
@@ -39,6 +42,26 @@ class StepOutput:
     logprobs: tuple[Tensor, ...] | None  # of `kernels.sampling.logprobs`; None in a greedy step
 
 
+def forward(
+    model: Transformer, kv: KVCache, page_size: int, ids: Tensor, positions: Tensor, page_table: Tensor
+) -> Tensor:
+    """ids, positions [B, Q], page_table [B, N] -> logits of each row's last token [B, V]."""
+    return model.logits(model(ids, positions, page_table, kv, page_size)[:, -1])
+
+
+def choose(sampling: SamplingTensors, logits: Tensor, positions: Tensor, rows: Tensor, greedy: bool) -> StepOutput:
+    """logits [B, V], positions [B, Q] of the step's tokens, rows [B] -> a new token for each row.
+
+    `greedy` is a constant of the graph: true when no row needs more than an argmax over the bare logits.
+    """
+    finite = logits.amax(-1).isfinite()
+    if greedy:
+        return StepOutput(logits.argmax(-1), finite, None)
+    tokens = sample(logits, sampling.select(rows), positions[:, -1] + 1)
+    sampling.seen.index_put_((rows, tokens), torch.ones_like(tokens, dtype=torch.int32), accumulate=True)
+    return StepOutput(tokens, finite, logprobs(logits, tokens))
+
+
 def step(
     model: Transformer,
     kv: KVCache,
@@ -50,18 +73,8 @@ def step(
     rows: Tensor,
     greedy: bool,
 ) -> StepOutput:
-    """One step of B rows and Q new tokens each: ids, positions [B, Q], page_table [B, N], rows [B] -> B new tokens.
-
-    `greedy` is a constant of the graph: true when no row needs more than an argmax over the bare logits.
-    """
-    hidden = model(ids, positions, page_table, kv, page_size)
-    logits = model.logits(hidden[:, -1])
-    finite = logits.amax(-1).isfinite()
-    if greedy:
-        return StepOutput(logits.argmax(-1), finite, None)
-    tokens = sample(logits, sampling.select(rows), positions[:, -1] + 1)
-    sampling.seen.index_put_((rows, tokens), torch.ones_like(tokens, dtype=torch.int32), accumulate=True)
-    return StepOutput(tokens, finite, logprobs(logits, tokens))
+    """One step of B rows: token ids in, token ids out."""
+    return choose(sampling, forward(model, kv, page_size, ids, positions, page_table), positions, rows, greedy)
 
 
 class Runner:
@@ -75,6 +88,7 @@ class Runner:
         self.kv = kv_cache(c.num_layers, pages * page_size, c.num_kv_heads, c.head_dim, model.dtype, self.device)
         self.sampling = SamplingTensors.empty(max_batch_size + 1, c.vocab_size, self.device)
         self.step: Callable[..., StepOutput] = step
+        self.forward: Callable[..., Tensor] = forward
         self.compiled = False
 
     def set_row(self, request: Request) -> None:
@@ -125,19 +139,22 @@ class Runner:
         """Re-bind the step to its compiled form. Compiled code is kept in the cache folder for the next run."""
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_code_dir())
         torch._dynamo.config.recompile_limit = 64  # more than the shapes of several engines in one process
-        self.step = torch.compile(step, fullgraph=True)
+        options = {"size_asserts": False}  # inductor would check every buffer of every call, for 1 % of the time
+        self.step = torch.compile(step, fullgraph=True, options=options)
+        self.forward = torch.compile(forward, fullgraph=True, options=options)
         self.compiled = True
 
     @torch.inference_mode()
     def warm_up(self, greedy_variants: Iterable[bool] = (True, False)) -> Iterable[str]:
         """Run every shape that serving will meet once, on padding (row 0, page 0). Yields the name of each before it."""
-        sizes = {"decode 1 row": (1, 1), "prefill": (1, 7)}  # primes: equal sizes would be taken for one dimension
-        if self.max_batch_size > 1:
-            sizes["decode many rows"] = (3, 1)
-        for greedy in greedy_variants:
-            for name, (B, Q) in sizes.items():
-                yield f"{name}, {'greedy' if greedy else 'sampled'}"
-                self._call([[0] * Q] * B, [[-1] * Q] * B, [[0] * 11] * B, [0] * B, greedy, mark=True)
+        rows = {"decode 1 row": 1} | ({"decode many rows": 3} if self.max_batch_size > 1 else {})
+        shapes = [(name, B, 1, greedy) for greedy in greedy_variants for name, B in rows.items()]
+        for name, B, Q, greedy in [
+            ("prefill", 1, 7, True),
+            *shapes,
+        ]:  # primes: equal sizes would pass for one dimension
+            yield name if Q > 1 else f"{name}, {'greedy' if greedy else 'sampled'}"
+            self._call([[0] * Q] * B, [[-1] * Q] * B, [[0] * 11] * B, [0] * B, greedy, mark=True)
 
     def _call(
         self,
@@ -148,10 +165,13 @@ class Runner:
         greedy: bool,
         mark: bool = False,
     ) -> StepOutput:
-        on_device = [torch.tensor(x, device=self.device) for x in (ids, positions, tables, rows)]
+        inputs = [torch.tensor(x, device=self.device) for x in (ids, positions, tables, rows)]
         if mark and self.compiled:
-            self._mark_dynamic(*on_device)
-        return self.step(self.model, self.kv, self.page_size, self.sampling, *on_device, greedy)
+            self._mark_dynamic(*inputs)
+        if len(ids[0]) == 1:
+            return self.step(self.model, self.kv, self.page_size, self.sampling, *inputs, greedy)
+        logits = self.forward(self.model, self.kv, self.page_size, *inputs[:3])
+        return choose(self.sampling, logits, inputs[1], inputs[3], greedy)
 
     @staticmethod
     def _mark_dynamic(ids: Tensor, positions: Tensor, page_table: Tensor, rows: Tensor) -> None:

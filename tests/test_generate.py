@@ -47,12 +47,12 @@ def test_a_stop_string_is_trimmed():
 
 
 def test_chat_keeps_and_resets_its_history():
-    lines = "Mia is 7 years old and lives in Oslo.\n/reset\nWhat is 2 + 2?\n/exit\nnever read\n"
+    lines = "Mia is 7 years old and lives in Oslo.\n/reset\nWhat is 27 + 58?\n/exit\nnever read\n"
     result = run("--chat", "--temperature", "0", "--dtype", "float32", stdin=lines)
     assert result.returncode == 0
     answers = result.stdout.splitlines()
     assert json.loads(answers[0]) == {"name": "Mia", "age": 7, "city": "Oslo"}
-    assert answers[1:] == ["4"]
+    assert answers[1:] == ["85"]
 
 
 @pytest.mark.parametrize(
@@ -91,20 +91,12 @@ def test_compile_without_a_compiler_says_so_and_goes_on():
 
 
 def test_ctrl_c_ends_cleanly():
-    command = [
-        sys.executable,
-        str(ROOT / "generate.py"),
-        "--prompt",
-        "Once",
-        "--max-new-tokens",
-        "2000",
-        "--stop",
-        "\0",
-    ]
+    endless = ["--prompt", "Once", "--max-new-tokens", "2000", "--temperature", "50"]  # close to uniform: no early end
+    command = [sys.executable, str(ROOT / "generate.py"), *endless]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.read(4) == "Once"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
 
 
