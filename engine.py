@@ -48,8 +48,8 @@ class Engine:
     ):
         """Serve a model that is loaded already. Without a tokenizer, prompts are token ids and texts are empty.
 
-        max_batch_size: rows that decode together. max_model_len: longest sequence (default: what the model allows).
-        max_total_tokens: tokens in the cache (default: what all rows can use, at most half of the free memory).
+        max_batch_size: rows that decode together. max_total_tokens: tokens in the cache (default: what all rows can use,
+        at most half of the free memory). max_model_len: longest sequence (default: the model's, as far as the cache goes).
         chunk_size: most tokens of a prompt in one step.
         """
         for name, value in (("max_batch_size", max_batch_size), ("chunk_size", chunk_size)):
@@ -61,9 +61,11 @@ class Engine:
         if max_model_len is not None and not 2 <= max_model_len <= c.max_position:
             raise UserError(f"max_model_len is {max_model_len}; it must be between 2 and the model's {c.max_position}")
         self.model, self.tokenizer, self.eos_token_ids = model, tokenizer, list(eos_token_ids)
-        self.max_model_len = max_model_len or c.max_position
+        in_memory = self._tokens_in_memory() if max_total_tokens is None else max_total_tokens
+        self.max_model_len = max_model_len or max(1, min(c.max_position, in_memory))
         if max_total_tokens is None:
-            max_total_tokens = self._default_tokens(max_batch_size, page_size)
+            row = -(-self.max_model_len // page_size) * page_size
+            max_total_tokens = max(row, min(max_batch_size * row, in_memory))
         pages = 1 + max_total_tokens // page_size
         self.pool = PagePool(pages, page_size)
         self.scheduler = Scheduler(self.pool, max_batch_size, chunk_size)
@@ -241,12 +243,11 @@ class Engine:
                 if self._streams.pop(r, None) is not None:
                     self.scheduler.end(r, "abort")
 
-    def _default_tokens(self, max_batch_size: int, page_size: int) -> int:
-        """What all rows together can use, or half of the free memory; never less than one row needs."""
+    def _tokens_in_memory(self) -> int:
+        """How many tokens' keys and values fit into half of the free memory."""
         c, device = self.model.config, self.model.norm.weight.device
-        row = -(-self.max_model_len // page_size) * page_size
         bytes_per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.model.dtype.itemsize
-        return max(row, min(max_batch_size * row, free_memory(device) // 2 // bytes_per_token))
+        return free_memory(device) // 2 // bytes_per_token
 
 
 def _int64(n: int) -> int:

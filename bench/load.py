@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 LOAD = """
-import sys, resource, torch
+import sys, torch
 from checkpoint import Checkpoint, load
+from machine import peak_memory
 model = load(Checkpoint.open(sys.argv[1]), getattr(torch, sys.argv[2]), torch.device("cpu"))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory(torch.device("cpu")))
 """
 LAYER_WEIGHTS = 4 * 2048 * 2048 + 3 * 2048 * 8192  # of a Llama layer: hidden 2048, no GQA, intermediate 8192
 VOCAB = 32000
