@@ -407,7 +407,7 @@ def test_what_cannot_be_served_is_refused(case: str):
 
 
 def test_one_prompt_that_never_fits_takes_the_others_with_it():
-    engine = make(max_total_tokens=20)
+    engine = make(max_total_tokens=20, max_model_len=100)
     with pytest.raises(UserError, match="34 tokens .* cache of 20"):
         engine.generate(prompt_ids(3, 30, 3), SamplingParams(max_new_tokens=4))
     engine.check()
