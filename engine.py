@@ -4,33 +4,59 @@
     engine = Engine.from_pretrained("assets/folio-tiny")
     print(engine.generate("Once upon a time", SamplingParams(temperature=0))[0].outputs[0].text)
 
-There is one way through a step, for one prompt and for many:
+There is one way through a step, for one prompt and for many, and scheduler/loop.py is its shape:
 
-    plan -> launch -> read -> commit -> text
+    plan -> launch -> wait -> commit -> text
+
+Any thread may add and abort; what they ask for is done between two steps. `generate` and `stream` start a thread that steps while
+there is work; whoever uses `add` calls `step`.
 
     python -m pytest tests/test_engine.py
 """
 
 import random
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from cache.pages import PagePool
 from checkpoint import Checkpoint, load
-from errors import UserError
+from errors import EngineFailed, UserError
 from machine import cpp_compiler, free_memory, pick_device, pick_dtype
 from model import Transformer
 from output import CompletionOutput, Delta, RequestOutput, TextStream
-from runner import Runner
+from runner import Runner, StepResults
+from scheduler.batch import Batch
+from scheduler.loop import Masks, normal_loop, overlap_loop
+from scheduler.policy import REORDER
 from scheduler.request import Request, SamplingParams, TokenLogprob, resolve_stop_ids
 from scheduler.scheduler import Scheduler
+from stats import Stats, Throughput
+from streams import Stream
+from timeline import Timeline
 from tokenizer import Tokenizer
 
 __all__ = ["Engine", "SamplingParams"]
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(eq=False)
+class Group:
+    """The n requests of one prompt, and where their text goes."""
+
+    id: str
+    prompt: str | None
+    requests: list[Request]
+    texts: list[TextStream]
+    stream: Stream | None = None
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class Engine:
@@ -45,33 +71,48 @@ class Engine:
         max_total_tokens: int | None = None,
         page_size: int = 16,
         chunk_size: int = 2048,
+        schedule_policy: str = "lpm",
+        radix: bool = True,
+        chunked_prefill: bool = True,
+        overlap: bool = True,
+        trace: str | Path | None = None,
     ):
         """Serve a model that is loaded already. Without a tokenizer, prompts are token ids and texts are empty.
 
-        max_batch_size: rows that decode together. max_total_tokens: tokens in the cache (default: what all rows can use,
-        at most half of the free memory). max_model_len: longest sequence (default: the model's, as far as the cache goes).
-        chunk_size: most tokens of a prompt in one step.
+        max_batch_size: rows that run together. max_total_tokens: tokens in the cache (default: what all rows can use,
+        as far as the memory goes). max_model_len: longest sequence (default: the model's, as far as the cache goes).
+        chunk_size: the token budget of a step. schedule_policy: fcfs, lpm, dfs-weight or priority. radix, chunked_prefill,
+        overlap: switches for what each is worth. trace: a file for a timeline of the steps.
         """
-        for name, value in (("max_batch_size", max_batch_size), ("chunk_size", chunk_size)):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
-        if not 1 <= page_size <= 128:
-            raise UserError(f"page_size is {page_size}; it must be between 1 and 128")
-        c = model.config
-        if max_model_len is not None and not 2 <= max_model_len <= c.max_position:
-            raise UserError(f"max_model_len is {max_model_len}; it must be between 2 and the model's {c.max_position}")
+        _check_options(model, max_batch_size, max_model_len, page_size, chunk_size, schedule_policy)
         self.model, self.tokenizer, self.eos_token_ids = model, tokenizer, list(eos_token_ids)
-        in_memory = self._tokens_in_memory() if max_total_tokens is None else max_total_tokens
-        self.max_model_len = max_model_len or max(1, min(c.max_position, in_memory))
+        self.runner = Runner(model, page_size, max_batch_size)
+        fit = self._tokens_in_memory(chunk_size) if max_total_tokens is None else max_total_tokens
+        self.max_model_len = max_model_len or max(1, min(model.config.max_position, fit))
         if max_total_tokens is None:
             row = -(-self.max_model_len // page_size) * page_size
-            max_total_tokens = max(row, min(max_batch_size * row, in_memory))
-        pages = 1 + max_total_tokens // page_size
-        self.pool = PagePool(pages, page_size)
-        self.scheduler = Scheduler(self.pool, max_batch_size, chunk_size)
-        self.runner = Runner(model, pages, page_size, max_batch_size, chunk_size)
+            max_total_tokens = max(row, min(max_batch_size * row, fit))
+        self.pool = PagePool(1 + max_total_tokens // page_size, page_size)
+        if self.pool.total < max_batch_size:
+            have = f"a cache of {max_total_tokens} tokens has {self.pool.total} pages of {page_size}"
+            raise UserError(f"{have}; {max_batch_size} rows need at least one each")
+        self.runner.allocate(1 + self.pool.total, self.max_model_len)
+        self.scheduler = Scheduler(
+            self.pool, max_batch_size, chunk_size, policy=schedule_policy, radix=radix, chunked_prefill=chunked_prefill
+        )
         self.steps = 0
-        self._streams: dict[Request, TextStream] = {}
+        self.failure: BaseException | None = None  # of the device; the engine is unhealthy then
+        self._groups: dict[str, Group] = {}  # of the requests that have not ended, by id
+        self._live: dict[Request, Group] = {}
+        self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done before the next step
+        self._deltas: list[Delta] = []  # of the step that is being taken
+        self._ids = count(1)
+        self._throughput = Throughput()
+        self._lock = threading.Lock()  # of _groups and _driver
+        self._stepping = threading.Lock()  # one step at a time
+        self._driver: threading.Thread | None = None
+        self.timeline = None if trace is None else self._start_timeline(trace)
+        self._loop = (overlap_loop if overlap else normal_loop)(self.scheduler, self.runner, self)
 
     @classmethod
     def from_pretrained(
@@ -81,7 +122,7 @@ class Engine:
         dtype: str = "auto",
         device: str = "auto",
         max_model_len: int | None = None,
-        **options,
+        **options: Any,
     ) -> "Engine":
         """A checkpoint folder or hub id, ready to run. UserError says what is wrong with it or with an option."""
         on = pick_device(device)
@@ -104,94 +145,236 @@ class Engine:
     # ---- requests in, text out
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        """Complete one prompt or many (texts or token ids); all run together. One set of params, or one for each."""
+        """Complete one prompt or many (texts or token ids); all run together. One set of params, or one for each.
+
+        Waits for all of them. cache_salt: share cached prefixes only with requests of the same salt.
+        """
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts, but {len(each)} sampling params")
-        groups = [self._requests(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
-        with self._serving([request for group in groups for request in group]) as streams:
-            while any(r.finish_reason is None for r in streams):
-                self.step()
-            return [
-                RequestOutput(
-                    prompt if isinstance(prompt, str) else None,
-                    group[0].prompt_ids,
-                    [_completion(r, streams[r].text) for r in group],
-                )
-                for prompt, group in zip(prompts, groups, strict=True)
-            ]
+        groups = [self._group(x, p, None, priority, cache_salt) for x, p in zip(prompts, each, strict=True)]
+        try:
+            self._submit(groups)
+            self._drive()
+            for group in groups:
+                group.done.wait()
+        finally:
+            for group in groups:
+                self.abort(group.id)
+        return [_output(group) for group in groups]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Complete one prompt, a Delta at a time. Closing the iterator aborts what is still running.
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Stream:
+        """Complete one prompt, a Delta at a time: iterate over it, or `async for`. Closing it aborts what still runs.
 
         A prompt that cannot be served is refused here, before the first Delta is asked for.
         """
-        return self._stream(self._requests(prompt, params or SamplingParams()))
+        group = self._group(prompt, params or SamplingParams(), request_id, priority, cache_salt)
+        group.stream = Stream(group.id, len(group.requests), self.abort)
+        self._submit([group])
+        self._drive()
+        return group.stream
 
-    def _stream(self, requests: list[Request]) -> Iterator[Delta]:
-        sent = dict.fromkeys(requests, 0)
-        with self._serving(requests) as streams:
-            going = set(requests)
-            while going:
-                self.step()
-                for r in [r for r in requests if r in going]:
-                    ids, reason = r.output_ids[sent[r] :], r.finish_reason
-                    sent[r] += len(ids)
-                    if reason is not None:
-                        going.remove(r)
-                    if ids or reason is not None:
-                        yield Delta(r.index, streams[r].take(), ids, reason, r.stop_reason)
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> str:
+        """Queue a prompt for whoever calls `step`; returns its id. UserError if it cannot be served, or the id is in use."""
+        group = self._group(prompt, params or SamplingParams(), request_id, priority, cache_salt)
+        self._submit([group])
+        return group.id
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step, from any thread. An id that is unknown or has ended: nothing happens."""
+        if request_id in self._groups:
+            self._inbox.append(lambda: self._abort(request_id))
 
     # ---- the step
 
-    def step(self) -> None:
-        """One step of whatever there is to do."""
-        batch = self.scheduler.plan()
-        if batch is None:
-            return
-        for request in batch.requests:
-            if request.computed == 0:
-                self.runner.set_row(request)
-        tokens, finite, logprobs = self.runner.read(self.runner.launch(batch), batch)
-        for request, ok in zip(batch.requests, finite, strict=True):
-            if not ok:
-                self.runner.clear(request.pages)
-                self.scheduler.end(request, "error", "the model's logits are not finite")
-        self.scheduler.commit(batch, tokens)
-        if batch.samples:
-            for request, logprob in zip(batch.requests, logprobs, strict=True):
-                if request.finish_reason != "error":
-                    self._take_token(request, logprob)
-        self.steps += 1
+    @property
+    def has_work(self) -> bool:
+        return self.failure is None and bool(self._inbox or self.scheduler.has_work)
 
-    def _take_token(self, request: Request, logprob: TokenLogprob | None) -> None:
-        """The text side of a commit: detokenize, look for stop strings, note the time."""
-        request.token_times.append(time.perf_counter())
+    def step(self) -> list[Delta]:
+        """One step of whatever there is to do. Returns what became of it, for all requests.
+
+        If the device fails, all requests end with an error, and `failure` says why.
+        """
+        with self._stepping:
+            self._deltas = []
+            try:
+                while self._inbox:
+                    self._inbox.popleft()()
+                if self.failure is None:
+                    next(self._loop)
+            except BaseException as error:
+                self._fail(error)
+                if not isinstance(error, Exception):  # Ctrl-C
+                    raise
+            return self._deltas
+
+    def commit(self, batch: Batch, results: StepResults) -> None:
+        """Take the results of a step; the loop calls this."""
+        now = time.perf_counter()
+        taken = self.scheduler.commit(batch, results.tokens, results.finite)
+        for i in taken:
+            self._take_token(batch.requests[i], results.tokens[i], results.logprobs[i], now)
+        if not all(results.finite):
+            for request in batch.requests:
+                if request.finish_reason == "error":
+                    self._emit(request, [])
+        self.steps += 1
+        self._throughput.add(now, len(taken))
+        if self.timeline is not None:
+            self.timeline.add(
+                "device", f"step {self.steps}", *results.span, requests=len(batch.requests), tokens=len(batch.ids)
+            )
+
+    def masks(self, batch: Batch) -> Masks:
+        """Ask what each request of a batch may take next; the loop calls this. Who gives no answer ends with an error."""
+        masks: Masks = []
+        for request, samples in zip(batch.requests, batch.samples, strict=True):
+            allowed, ask = None, request.params.allowed_tokens_fn
+            if ask is not None and samples and request.finish_reason is None:
+                try:
+                    allowed = list(ask(request.tokens.tolist()))
+                    _check_ids("allowed_tokens_fn", allowed, self.model.config.vocab_size)
+                    if not allowed:
+                        raise UserError("allowed_tokens_fn allows no token")
+                except Exception as error:
+                    allowed = None
+                    self.scheduler.end(request, "error", f"{type(error).__name__}: {error}")
+                    self._emit(request, [])
+            masks.append(allowed)
+        return masks
+
+    def _take_token(self, request: Request, token: int, logprob: TokenLogprob | None, now: float) -> None:
+        """The text side of a commit: detokenize, look for stop strings, pass it on."""
+        request.metrics.token_times.append(now)
         if logprob is not None:
             request.logprobs.append(logprob)
-        stream, ended = self._streams[request], request.finish_reason
+        group = self._live[request]
+        text, ended = group.texts[request.index], request.finish_reason
         if ended in (None, "length"):  # the token of a stop id is not text
-            stream.add(request.output_ids[-1], may_stop=len(request.output_ids) >= request.params.min_new_tokens)
+            text.add(token, may_stop=request.new_tokens >= request.params.min_new_tokens)
         if ended is not None:
-            stream.finish()
-        elif stream.stopped_by is not None:
-            self.scheduler.end(request, "stop", stream.stopped_by)
-        if ended == "length" and stream.stopped_by is not None:  # both at once: the stop string is the better reason
-            request.finish_reason, request.stop_reason = "stop", stream.stopped_by
+            text.finish()
+        elif text.stopped_by is not None:
+            self.scheduler.end(request, "stop", text.stopped_by)
+        if ended == "length" and text.stopped_by is not None:  # both at once: the stop string is the better reason
+            request.finish_reason, request.stop_reason = "stop", text.stopped_by
+        self._emit(request, [token])
+
+    def _emit(self, request: Request, ids: list[int]) -> None:
+        """Tell whoever waits what is new of a request; once it has ended, forget it."""
+        group = self._live.get(request)
+        if group is None:  # has ended before
+            return
+        text, reason = group.texts[request.index].take(), request.finish_reason
+        delta = Delta(group.id, request.index, text, ids, reason, request.stop_reason)
+        self._deltas.append(delta)
+        if reason is not None:
+            del self._live[request]
+            if not any(r in self._live for r in group.requests):
+                with self._lock:
+                    self._groups.pop(group.id, None)
+                group.done.set()
+        if group.stream is not None:
+            group.stream.put(delta)
+
+    def _fail(self, error: BaseException) -> None:
+        """The device has failed: nothing on it can be trusted. All requests end, and whoever waits is told."""
+        with self._lock:
+            self.failure = error
+            groups = list(self._groups.values())
+        for group in groups:
+            for request in group.requests:
+                if request.finish_reason is None:
+                    request.finish("error", f"the engine failed: {type(error).__name__}: {error}")
+                    self._live[request] = group  # also if no step has taken it in yet
+                self._emit(request, [])
+
+    # ---- the thread that steps
+
+    def _drive(self) -> None:
+        with self._lock:
+            if self._driver is None and self.has_work:
+                self._driver = threading.Thread(target=self._run, name="folio-engine", daemon=True)
+                self._driver.start()
+
+    def _run(self) -> None:
+        """Step while there is work."""
+        while True:
+            self.step()
+            with self._lock:
+                if not self.has_work:
+                    self._driver = None
+                    return
+
+    # ---- what goes on
+
+    def stats(self) -> Stats:
+        """The gauges of this moment."""
+        s = self.scheduler
+        return Stats(
+            healthy=self.failure is None,
+            running=len(s.running) + len(s.prefilling),
+            waiting=len(s.waiting),
+            pages_total=self.pool.total,
+            pages_free=self.pool.free_pages,
+            pages_held=s.tree.pages,
+            pages_locked=s.tree.locked_pages,
+            hit_rate=s.cached_tokens / max(1, s.prompt_tokens),
+            prompt_tokens=s.prompt_tokens,
+            cached_tokens=s.cached_tokens,
+            preemptions=s.preemptions,
+            new_token_ratio=s.ratio,
+            steps=self.steps,
+            tokens_per_second=self._throughput.rate(),
+        )
+
+    def flush_cache(self) -> int:
+        """Drop all cached prefixes that nobody runs on. Returns how many pages of the tree stay, because somebody does."""
+        with self._stepping:
+            return self.scheduler.flush()
 
     def check(self) -> None:
-        """Prove that no page and no row is lost or owned twice; RuntimeError otherwise."""
-        self.scheduler.check()
-        if not self.scheduler.has_work and self.pool.free_pages != self.pool.total:
-            raise RuntimeError(f"idle, but only {self.pool.free_pages} of {self.pool.total} pages are free")
+        """Prove that no page, no row and no lock is lost or owned twice; RuntimeError otherwise."""
+        with self._stepping:
+            if self.failure is not None:
+                raise EngineFailed(str(self.failure)) from self.failure
+            self.scheduler.check()
+            if not self.scheduler.has_work and self.scheduler.available_pages != self.pool.total:
+                raise RuntimeError(
+                    f"idle, but only {self.scheduler.available_pages} of {self.pool.total} pages are to be had"
+                )
 
     # ---- inside
 
-    def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
+    def _group(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int, cache_salt: str | None
+    ) -> Group:
         """The n requests of one prompt, refused with a UserError if they cannot be served."""
         ids = self._encode(prompt)
         room = self.max_model_len - len(ids)
@@ -200,22 +383,65 @@ class Engine:
                 f"the prompt has {len(ids)} tokens; the context has {self.max_model_len}, and one must be new"
             )
         vocab = self.model.config.vocab_size
-        for what, values in (
-            ("prompt", ids),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias),
-        ):
-            bad = next((i for i in values if not 0 <= i < vocab), None)
-            if bad is not None:
-                raise UserError(f"{what} has token id {bad}; the vocabulary has ids 0 to {vocab - 1}")
+        _check_ids("prompt", ids, vocab)
+        _check_ids("stop_token_ids", params.stop_token_ids, vocab)
+        _check_ids("logit_bias", params.logit_bias, vocab)
         if params.max_new_tokens is not None and params.max_new_tokens > room:
             asked = f"{len(ids)} prompt tokens + {params.max_new_tokens} new ones"
             raise UserError(f"{asked} exceed the context of {self.max_model_len}")
+        most = params.max_new_tokens or max(1, min(room, self.pool.total * self.pool.page_size - len(ids)))
+        self.scheduler.refuse_if_too_large(len(ids), most)
+        if not isinstance(priority, int):
+            raise UserError(f"priority is {priority!r}; it must be a whole number")
+        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+            raise UserError(f"cache_salt is {cache_salt!r}; it must be a text that is not empty")
+        id = request_id if request_id is not None else f"request-{next(self._ids)}"
         seed = params.seed if params.seed is not None else random.getrandbits(62)
         stop_ids = resolve_stop_ids(params, self.eos_token_ids)
-        return [
-            Request(ids, params, stop_ids, params.max_new_tokens or room, _int64(seed + i), i) for i in range(params.n)
-        ]
+        requests: list[Request] = []
+        for i in range(params.n):
+            requests.append(
+                Request(
+                    ids,
+                    params,
+                    stop_ids,
+                    most,
+                    _int64(seed + i),
+                    i,
+                    id=id,
+                    leader=requests[0] if requests else None,
+                    namespace=() if cache_salt is None else ("salt", cache_salt),
+                    priority=priority,
+                )
+            )
+        texts = [TextStream(self._detokenizer(params), params.stop) for _ in requests]
+        return Group(id, prompt if isinstance(prompt, str) else None, requests, texts)
+
+    def _submit(self, groups: list[Group]) -> None:
+        """Queue groups, all or none, for the next step to take in."""
+        with self._lock:
+            if self.failure is not None:
+                raise EngineFailed(f"the engine has failed and takes no requests: {self.failure}")
+            for group in groups:
+                if group.id in self._groups:
+                    raise UserError(f"request id {group.id!r} is in use")
+            now = time.perf_counter()
+            for group in groups:
+                self._groups[group.id] = group
+                for request in group.requests:
+                    request.metrics.queued_at = now
+                self._inbox.append(lambda group=group: self._take_in(group))
+
+    def _take_in(self, group: Group) -> None:
+        for request in group.requests:
+            self._live[request] = group
+            self.scheduler.add(request)
+
+    def _abort(self, request_id: str) -> None:
+        group = self._groups.get(request_id)
+        for request in group.requests if group is not None else ():
+            self.scheduler.end(request, "abort")
+            self._emit(request, [])
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -228,26 +454,50 @@ class Engine:
             raise UserError("the prompt is empty: it has no tokens")
         return ids
 
-    @contextmanager
-    def _serving(self, requests: list[Request]) -> Iterator[dict[Request, TextStream]]:
-        """Queue the requests; on the way out, however that comes, abort those that still run and forget all."""
-        try:
-            for r in requests:
-                detokenizer = self.tokenizer and self.tokenizer.detokenizer(r.params.skip_special_tokens)
-                self._streams[r] = TextStream(detokenizer, r.params.stop)
-                r.queued_at = time.perf_counter()
-                self.scheduler.add(r)
-            yield {r: self._streams[r] for r in requests}
-        finally:
-            for r in requests:
-                if self._streams.pop(r, None) is not None:
-                    self.scheduler.end(r, "abort")
+    def _detokenizer(self, params: SamplingParams) -> Any:
+        return self.tokenizer and self.tokenizer.detokenizer(params.skip_special_tokens)
 
-    def _tokens_in_memory(self) -> int:
-        """How many tokens' keys and values fit into half of the free memory."""
-        c, device = self.model.config, self.model.norm.weight.device
+    def _tokens_in_memory(self, chunk_size: int) -> int:
+        """How many tokens' keys and values fit: into half of a CPU's free memory, or 9/10 of what a GPU's largest step leaves."""
+        c, device = self.model.config, self.runner.device
         bytes_per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.model.dtype.itemsize
-        return free_memory(device) // 2 // bytes_per_token
+        if device.type == "cpu":
+            return free_memory(device) // 2 // bytes_per_token
+        step = self.runner.memory_of_largest_step(chunk_size)
+        return int(0.9 * (free_memory(device) - step)) // bytes_per_token
+
+    def _start_timeline(self, path: str | Path) -> Timeline:
+        """Re-bind the host's share of a step to timed versions of itself."""
+        try:
+            timeline = Timeline(path)
+        except OSError as error:
+            raise UserError(f"cannot write the trace {path}: {error}") from error
+        self.scheduler.plan = timeline.timed("plan", self.scheduler.plan)
+        self.runner.launch = timeline.timed("launch", self.runner.launch)
+        self.commit, self.masks = timeline.timed("commit", self.commit), timeline.timed("mask", self.masks)
+        weakref.finalize(self, timeline.close)  # at the latest when the process ends
+        return timeline
+
+
+def _check_options(
+    model: Transformer, max_batch_size: int, max_model_len: int | None, page_size: int, chunk_size: int, policy: str
+) -> None:
+    for name, value in (("max_batch_size", max_batch_size), ("chunk_size", chunk_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    if not 1 <= page_size <= 128:
+        raise UserError(f"page_size is {page_size}; it must be between 1 and 128")
+    longest = model.config.max_position
+    if max_model_len is not None and not 2 <= max_model_len <= longest:
+        raise UserError(f"max_model_len is {max_model_len}; it must be between 2 and the model's {longest}")
+    if policy not in REORDER:
+        raise UserError(f"schedule_policy is {policy!r}; it must be one of {', '.join(REORDER)}")
+
+
+def _check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise UserError(f"{what} has token id {bad}; the vocabulary has ids 0 to {vocab_size - 1}")
 
 
 def _int64(n: int) -> int:
@@ -255,13 +505,17 @@ def _int64(n: int) -> int:
     return (n + 2**63) % 2**64 - 2**63
 
 
-def _completion(request: Request, text: str) -> CompletionOutput:
-    return CompletionOutput(
-        index=request.index,
-        text=text,
-        token_ids=request.output_ids,
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-        logprobs=request.logprobs if request.params.logprobs is not None else None,
-        token_times=[t - request.queued_at for t in request.token_times],
-    )
+def _output(group: Group) -> RequestOutput:
+    completions = [
+        CompletionOutput(
+            index=r.index,
+            text=text.text,
+            token_ids=r.output_ids,
+            finish_reason=r.finish_reason,
+            stop_reason=r.stop_reason,
+            logprobs=r.logprobs if r.params.logprobs is not None else None,
+            metrics=r.metrics,
+        )
+        for r, text in zip(group.requests, group.texts, strict=True)
+    ]
+    return RequestOutput(group.id, group.prompt, group.requests[0].prompt_ids, completions)

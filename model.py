@@ -6,9 +6,10 @@ one `Block`; `families.py` says which switches each name sets, `checkpoint.py` f
 
     python generate.py --model assets/folio-tiny --prompt "Once upon a time"
 
-Shapes: B rows (sequences), Q new tokens of each in this step, L history, H query heads, K KV heads, D head dim, V vocabulary.
+Shapes: T new tokens in this step, of all its sequences; H query heads, K KV heads, D head dim, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear import can_pack, pack, packed_linear
-from kernels.reference import attention_bias, history_slots, paged_attention, write_kv, write_slots
+from kernels.reference import Layout, lay_out, paged_attention, write_kv
 from rope import RopeSpec, inverse_frequencies
 
 KVCache = list[tuple[Tensor, Tensor]]  # a layer: keys, values, each [slots, K, D]
@@ -81,11 +82,9 @@ class ModelConfig:
 class StepContext:
     """What every layer of one step shares, computed once."""
 
-    cos_sin: list[tuple[Tensor, Tensor]]  # for each rope: cos, sin [B, Q, 1, dim / 2] float32
-    bias: dict[int | None, Tensor]  # for each window: [B, 1, G * Q, L], G = H / K
-    read_slots: Tensor  # [B, L] where each row's history lies
-    write_slots: Tensor  # [B * Q] where the new keys and values go
-    query_scale: Tensor | None  # [B, Q, 1, 1]
+    layout: Layout  # where the keys and values lie, and who sees what
+    cos_sin: list[tuple[Tensor, Tensor]]  # for each rope: cos, sin [T, 1, dim / 2] float32
+    query_scale: Tensor | None  # [T, 1, 1]
 
 
 class Norm(nn.Module):
@@ -123,7 +122,7 @@ class Linear(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first `2 * cos.shape[-1]` dims of x [B, Q, heads, D] pair by pair, in float32; the rest pass through."""
+    """Turn the first `2 * cos.shape[-1]` dims of x [T, heads, D] pair by pair, in float32; the rest pass through."""
     dim = 2 * cos.shape[-1]
     y, rest = x[..., :dim].float(), x[..., dim:]
     a, b = (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
@@ -145,13 +144,12 @@ class Attention(nn.Module):
             self.k_norm = Norm({"head": (D,), "heads": (K, D), "full": (K * D,)}[config.qk_norm], config)
 
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], step: StepContext) -> Tensor:
-        """x [B, Q, hidden], kv: this layer's keys and values [slots, K, D] (written here) -> [B, Q, hidden]."""
-        c = self.config
-        B, Q, _ = x.shape
+        """x [T, hidden], kv: this layer's keys and values [slots, K, D] (written here) -> [T, hidden]."""
+        c, layout = self.config, step.layout
         q, k, v = self.qkv(x).split([n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)], -1)
         if c.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.reshape(B, Q, -1, c.head_dim) for t in (q, k, v))
+        q, k, v = (t.reshape(x.shape[0], -1, c.head_dim) for t in (q, k, v))
         norm_heads = c.qk_norm in ("head", "heads")
         if norm_heads and not c.qk_norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -162,9 +160,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if step.query_scale is not None:
             q = q * step.query_scale
-        write_kv(*kv, step.write_slots, k, v)
-        out = paged_attention(q, *kv, step.read_slots, step.bias[self.window], c.scale, c.attn_softcap)
-        return self.out(out.flatten(2))
+        write_kv(*kv, layout.write_slots, k, v)
+        bias = layout.bias[self.window]
+        out = paged_attention(q, *kv, layout.read_slots, bias, layout.shapes, c.scale, c.attn_softcap)
+        return self.out(out.flatten(1))
 
 
 class MLP(nn.Module):
@@ -226,12 +225,12 @@ class Transformer(nn.Module):
         """Of the computation; the embedding table may stay in the file's own."""
         return self.norm.weight.dtype
 
-    def forward(self, ids: Tensor, positions: Tensor, page_table: Tensor, kv: KVCache, page_size: int) -> Tensor:
-        """ids, positions [B, Q] (position -1 = padding), page_table [B, N] -> hidden states [B, Q, hidden].
+    def forward(self, ids: Tensor, layout: Layout, kv: KVCache) -> Tensor:
+        """ids [T] of the step's new tokens -> hidden states [T, hidden].
 
-        Writes the keys and values of the Q new tokens to their pages; attends to them and to all that is before them.
+        Writes the keys and values of the new tokens to their pages; attends to them and to all that is before them.
         """
-        step = self.step_context(positions, page_table, page_size)
+        step = self.step_context(layout)
         x = self.embed(ids).to(self.dtype)
         if self.config.embed_scale != 1.0:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded to the model's dtype, as in training
@@ -245,26 +244,23 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def step_context(self, positions: Tensor, page_table: Tensor, page_size: int) -> StepContext:
-        c, dtype = self.config, self.dtype
-        groups = c.num_heads // c.num_kv_heads
-        read_slots = history_slots(page_table, page_size)
+    def step_context(self, layout: Layout) -> StepContext:
+        positions = layout.positions[:, None, None]
         cos_sin = []
         for i, factor in enumerate(self.rope_factors):
-            angles = positions.clamp(min=0)[:, :, None, None].float() * getattr(self, f"inv_freq_{i}")
+            angles = positions.float() * getattr(self, f"inv_freq_{i}")
             cos_sin.append((angles.cos() * factor, angles.sin() * factor))
         query_scale = None
-        if c.query_temperature is not None:
-            beta, length = c.query_temperature
-            steps = (positions.clamp(min=0) // length).float()[:, :, None, None]
-            query_scale = (1 + beta * torch.log(1 + steps)).to(dtype)
-        return StepContext(
-            cos_sin=cos_sin,
-            bias={w: attention_bias(positions, read_slots.shape[1], w, groups, dtype) for w in set(c.windows)},
-            read_slots=read_slots,
-            write_slots=write_slots(page_table, positions, page_size),
-            query_scale=query_scale,
-        )
+        if self.config.query_temperature is not None:
+            beta, length = self.config.query_temperature
+            query_scale = (1 + beta * torch.log(1 + (positions // length).float())).to(self.dtype)
+        return StepContext(layout, cos_sin, query_scale)
+
+    def lay_out(self, starts: Sequence[int], lengths: Sequence[int], page_table: Tensor, page_size: int) -> Layout:
+        """starts, lengths [B] of each sequence's new tokens, page_table [B, N] -> the step's Layout for this model."""
+        c = self.config
+        windows = sorted({*c.windows}, key=str)
+        return lay_out(starts, lengths, page_table, page_size, windows, c.num_heads // c.num_kv_heads, self.dtype)
 
     def pack(self) -> None:
         """Lay every linear weight out for this CPU (see `kernels/linear.py`). Does nothing on a GPU."""

@@ -6,7 +6,7 @@ python -m pytest tests/test_output.py
 from dataclasses import dataclass, field
 
 from detokenizer import Detokenizer
-from scheduler.request import TokenLogprob
+from scheduler.request import RequestMetrics, TokenLogprob
 
 
 class TextStream:
@@ -73,13 +73,14 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
-    token_times: list[float] = field(default_factory=list)  # seconds from queued to each token
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 
 @dataclass
 class RequestOutput:
     """All of one prompt."""
 
+    request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput] = field(default_factory=list)
@@ -87,8 +88,9 @@ class RequestOutput:
 
 @dataclass
 class Delta:
-    """What one step added to sample `index`; the last one of a sample carries its finish_reason."""
+    """What one step added to sample `index` of a request; the last one of a sample carries its finish_reason."""
 
+    request_id: str
     index: int
     text: str
     token_ids: list[int]

@@ -1,139 +1,206 @@
 """The runner: a planned batch -> device tensors -> forward -> sampled tokens.
 
-`step` is one plain function, from token ids to sampled ids; `forward` is its first half, from ids to logits. `--compile`
-re-binds them:
+`step` is one plain function, from token ids to sampled ids. `--compile` re-binds it:
 
     self.step = torch.compile(step, fullgraph=True)
-    self.forward = torch.compile(forward, fullgraph=True)
 
-so eager and compiled share one code path, and `fullgraph=True` is an assertion that nothing in them falls back to Python.
-Decode is one call of `step`, in four graphs: one row or many, greedy or with everything. A chunk of a prompt runs `forward`
-compiled and chooses its one token eagerly: a millisecond a request, against a graph that takes as long to compile as all of
-decode. The number of rows, of new tokens and of pages is marked dynamic. `warm_up` meets every shape that serving will meet;
-after that nothing compiles (`compiled_graphs` counts).
+so eager and compiled share one code path, and `fullgraph=True` is an assertion that nothing in it falls back to Python. Decodes,
+chunks of prompts and mixes of both are the same T tokens of B sequences; the sizes are marked dynamic. There are four graphs: one
+token or many, greedy or with everything. `warm_up` meets all of them; after that nothing compiles (`compiled_graphs` counts).
+
+What lies on the device stays there: the pages, the page table, the sampling parameters and the last token of each row. A batch
+brings only what has changed. Its ids may be future tokens: -row stands for the last token sampled for that row, which the
+host need not have seen.
 
     python -m pytest tests/test_runner.py
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cache.pages import kv_cache
+from device import Pending, from_host, open_stream
+from kernels.reference import Layout
 from kernels.sampling import PROMPT_BIT, SamplingTensors, logprobs, sample
 from machine import cache_dir
 from model import KVCache, Transformer
+from scheduler.batch import Batch, Changes
 from scheduler.request import Request, TokenLogprob
-from scheduler.scheduler import Batch
 
 INDUCTOR_CACHE_DIR = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # the user's; torch soon sets one of its own
 
 
 @dataclass
-class StepOutput:
-    """What a step leaves on the device."""
+class Inputs:
+    """One step on the device."""
 
-    tokens: Tensor  # [B]
-    finite: Tensor  # [B] False where the logits are NaN or infinite
-    logprobs: tuple[Tensor, ...] | None  # of `kernels.sampling.logprobs`; None in a greedy step
-
-
-def forward(
-    model: Transformer, kv: KVCache, page_size: int, ids: Tensor, positions: Tensor, page_table: Tensor
-) -> Tensor:
-    """ids, positions [B, Q], page_table [B, N] -> logits of each row's last token [B, V]."""
-    return model.logits(model(ids, positions, page_table, kv, page_size)[:, -1])
+    ids: Tensor  # [T]; -row: that row's last token
+    rows: Tensor  # [B] whose sampling parameters apply; 0 = the sampled token means nothing
+    layout: Layout
 
 
-def choose(sampling: SamplingTensors, logits: Tensor, positions: Tensor, rows: Tensor, greedy: bool) -> StepOutput:
-    """logits [B, V], positions [B, Q] of the step's tokens, rows [B] -> a new token for each row.
+@dataclass
+class StepResults:
+    """What the host gets to know of a step of B requests."""
 
-    `greedy` is a constant of the graph: true when no row needs more than an argmax over the bare logits.
+    tokens: list[int]
+    finite: list[bool]  # False where the logits were NaN or infinite
+    logprobs: list[TokenLogprob | None]
+    span: tuple[float, float]  # when it ran, in seconds of `time.perf_counter`
+
+
+def forward(model: Transformer, kv: KVCache, sampling: SamplingTensors, inputs: Inputs) -> Tensor:
+    """-> the logits of each sequence's last token [B, V]."""
+    ids = torch.where(inputs.ids < 0, sampling.last_token[(-inputs.ids).clamp(min=0)], inputs.ids)
+    return model.logits(model(ids, inputs.layout, kv)[inputs.layout.last])
+
+
+def choose(sampling: SamplingTensors, logits: Tensor, inputs: Inputs, greedy: bool) -> list[Tensor]:
+    """logits [B, V] -> a new token for each sequence [B], whether its logits are finite [B], and `logprobs` unless greedy.
+
+    `greedy` is a constant of the graph: true when no request needs more than an argmax over the bare logits.
     """
     finite = logits.amax(-1).isfinite()
     if greedy:
-        return StepOutput(logits.argmax(-1), finite, None)
-    tokens = sample(logits, sampling.select(rows), positions[:, -1] + 1)
-    sampling.seen.index_put_((rows, tokens), torch.ones_like(tokens, dtype=torch.int32), accumulate=True)
-    return StepOutput(tokens, finite, logprobs(logits, tokens))
+        tokens, details = logits.argmax(-1), ()
+    else:
+        tokens = sample(logits, sampling.select(inputs.rows), inputs.layout.positions[inputs.layout.last] + 1)
+        ones = torch.ones_like(tokens, dtype=torch.int32)
+        sampling.seen.index_put_((inputs.rows, tokens), ones, accumulate=True)
+        details = logprobs(logits, tokens)
+    sampling.last_token.index_put_((inputs.rows,), tokens)
+    return [tokens, finite, *details]
 
 
-def step(
-    model: Transformer,
-    kv: KVCache,
-    page_size: int,
-    sampling: SamplingTensors,
-    ids: Tensor,
-    positions: Tensor,
-    page_table: Tensor,
-    rows: Tensor,
-    greedy: bool,
-) -> StepOutput:
-    """One step of B rows: token ids in, token ids out."""
-    return choose(sampling, forward(model, kv, page_size, ids, positions, page_table), positions, rows, greedy)
+def step(model: Transformer, kv: KVCache, sampling: SamplingTensors, inputs: Inputs, greedy: bool) -> list[Tensor]:
+    """One step: token ids in, token ids out."""
+    return choose(sampling, forward(model, kv, sampling, inputs), inputs, greedy)
 
 
 class Runner:
     """Owns what lies on the device: weights, pages, sampling parameters. Knows nothing of who gets what, or why."""
 
-    def __init__(self, model: Transformer, pages: int, page_size: int, max_batch_size: int, chunk_size: int):
-        c = model.config
-        self.model, self.page_size = model, page_size
-        self.max_batch_size, self.chunk_size = max_batch_size, chunk_size
+    def __init__(self, model: Transformer, page_size: int, max_batch_size: int):
+        self.model, self.page_size, self.max_batch_size = model, page_size, max_batch_size
         self.device = model.norm.weight.device
-        self.kv = kv_cache(c.num_layers, pages * page_size, c.num_kv_heads, c.head_dim, model.dtype, self.device)
-        self.sampling = SamplingTensors.empty(max_batch_size + 1, c.vocab_size, self.device)
-        self.step: Callable[..., StepOutput] = step
-        self.forward: Callable[..., Tensor] = forward
+        self.sampling = SamplingTensors.empty(max_batch_size + 1, model.config.vocab_size, self.device)
+        self.stream = open_stream(self.device)
+        self.step: Callable[..., list[Tensor]] = step
         self.compiled = False
 
+    def allocate(self, pages: int, max_model_len: int) -> None:
+        """Make the pages, and a page table for sequences of that length."""
+        c = self.model.config
+        self.kv = kv_cache(
+            c.num_layers, pages * self.page_size, c.num_kv_heads, c.head_dim, self.model.dtype, self.device
+        )
+        columns = max(2, -(-max_model_len // self.page_size))
+        self.page_table = torch.zeros(self.max_batch_size + 1, columns, dtype=torch.int64, device=self.device)
+
+    def memory_of_largest_step(self, chunk_size: int) -> int:
+        """Bytes that a GPU needs beyond weights and pages for a step of all rows and a whole chunk, by running one."""
+        self.allocate(pages=1, max_model_len=chunk_size)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.stream.submit(partial(self._run_padding, [1] * self.max_batch_size + [chunk_size], False)).result()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    # ---- a step
+
+    def launch(self, batch: Batch) -> "LaunchedStep":
+        """Start a step and return; nothing here waits for the device. A masked batch goes as far as the logits."""
+        return LaunchedStep(self, batch)
+
+    def run(self, batch: Batch) -> list[Tensor]:
+        """On the stream: the whole of a step. -> what `choose` returns."""
+        self.apply(batch.changes)
+        return self.step(self.model, self.kv, self.sampling, self.inputs(batch), batch.greedy)
+
+    def run_forward(self, batch: Batch) -> list[Tensor]:
+        """On the stream: a step up to its logits. Eager: such steps wait for the host, and so are slow anyway."""
+        self.apply(batch.changes)
+        self._held = self.inputs(batch)
+        self._logits = forward(self.model, self.kv, self.sampling, self._held)
+        return []
+
+    def run_choose(self, batch: Batch, masks: list[Sequence[int] | None]) -> list[Tensor]:
+        """On the stream: the rest of that step. masks [B]: the tokens that each may take; None = all."""
+        finite = self._logits.amax(-1).isfinite()
+        for i, allowed in enumerate(masks):
+            if allowed is not None:
+                banned = torch.full_like(self._logits[i], float("-inf"))
+                banned[from_host(allowed, self.device)] = 0
+                self._logits[i] += banned
+        tokens, _, *details = choose(self.sampling, self._logits, self._held, batch.greedy)
+        return [tokens, finite, *details]
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """A batch as tensors. One token has graphs of its own, else T and B are at least 2: padding on row 0 fills up."""
+        starts, lengths = batch.starts, batch.lengths
+        rows = [r.row for r in batch.requests]
+        sampled = [row if samples else 0 for row, samples in zip(rows, batch.samples, strict=True)]
+        ids = batch.ids
+        if len(rows) == 1 and len(ids) > 1:
+            starts, lengths, rows, sampled, ids = [*starts, 0], [*lengths, 1], [*rows, 0], [*sampled, 0], [*ids, 0]
+        ids_on, rows_on, sampled_on = (from_host(x, self.device) for x in (ids, rows, sampled))
+        layout = self.model.lay_out(starts, lengths, self.page_table[rows_on], self.page_size)
+        return Inputs(ids_on, sampled_on, layout)
+
+    # ---- what changes between steps
+
+    def apply(self, changes: Changes) -> None:
+        """On the stream: do what a batch wants done before it computes."""
+        if changes.cleared:
+            self.clear(changes.cleared)
+        for source, target in changes.copies:
+            self.copy(source, target)
+        for request in changes.admitted:
+            self.set_row(request)
+        for row, column, pages in changes.tables:
+            self.page_table[row, column : column + len(pages)] = from_host(pages, self.device)
+
+    def clear(self, pages: list[int]) -> None:
+        """Zero pages that hold NaN: masked or not, it would spread to whoever owns them next."""
+        at = from_host(pages, self.device)[:, None] * self.page_size
+        slots = (at + torch.arange(self.page_size, device=self.device)).flatten()
+        for keys, values in self.kv:
+            keys[slots], values[slots] = 0, 0
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy one page, in every layer."""
+        size = self.page_size
+        for layer in self.kv:
+            for t in layer:
+                t[target * size : (target + 1) * size] = t[source * size : (source + 1) * size]
+
     def set_row(self, request: Request) -> None:
-        """Write a request's sampling parameters to its row of the device."""
+        """Write a request's sampling parameters to its row, and which tokens it has so far."""
         p, s, row = request.params, self.sampling, request.row
         s.temperature[row], s.top_k[row], s.top_p[row], s.min_p[row] = p.temperature, p.top_k, p.top_p, p.min_p
         s.repetition_penalty[row] = p.repetition_penalty
         s.presence_penalty[row], s.frequency_penalty[row] = p.presence_penalty, p.frequency_penalty
         s.seed[row] = request.seed
         s.stop_ids[row] = self._padded(request.stop_ids, s.stop_ids.shape[1], -1)
-        s.stop_from[row] = len(request.prompt_ids) + p.min_new_tokens
+        s.stop_from[row] = request.num_prompt + p.min_new_tokens
         s.bias_ids[row] = self._padded(p.logit_bias.keys(), s.bias_ids.shape[1], 0)
         s.bias_values[row] = self._padded(p.logit_bias.values(), s.bias_values.shape[1], 0)
         s.seen[row] = 0
-        s.seen[row, torch.tensor(request.prompt_ids, device=self.device)] = PROMPT_BIT
+        s.seen[row, from_host(request.prompt_ids, self.device)] = PROMPT_BIT
+        if request.new_tokens:  # it comes back from a preemption
+            output = from_host(request.output_ids, self.device)
+            s.seen[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
-    @torch.inference_mode()
-    def clear(self, pages: list[int]) -> None:
-        """Zero pages that hold NaN: masked or not, it would spread to whoever owns them next."""
-        at = torch.tensor(pages, device=self.device)[:, None] * self.page_size
-        slots = (at + torch.arange(self.page_size, device=self.device)).flatten()
-        for keys, values in self.kv:
-            keys[slots], values[slots] = 0, 0
+    def _padded(self, values: Iterable[float], size: int, fill: float) -> Tensor:
+        values = list(values)
+        return from_host(values + [fill] * (size - len(values)), self.device)
 
-    @torch.inference_mode()
-    def launch(self, batch: Batch) -> StepOutput:
-        """Run one step. Returns at once on a GPU; nothing here waits for the result."""
-        rows = [r.row if batch.samples else 0 for r in batch.requests]
-        columns = max(2, *(len(r.pages) for r in batch.requests), 2)  # torch.compile would make a constant of 1
-        tables = [r.pages + [0] * (columns - len(r.pages)) for r in batch.requests]
-        positions = [list(range(start, start + len(ids))) for start, ids in zip(batch.start, batch.ids, strict=True)]
-        return self._call(batch.ids, positions, tables, rows, batch.greedy)
-
-    def read(self, output: StepOutput, batch: Batch) -> tuple[list[int], list[bool], list[TokenLogprob | None]]:
-        """Wait for a step's results: tokens, whether their logits were finite, logprobs where they were asked for."""
-        tokens, finite = output.tokens.tolist(), output.finite.tolist()
-        details: list[TokenLogprob | None] = [None] * len(tokens)
-        if output.logprobs is not None:
-            chosen, rank, values, ids = (t.tolist() for t in output.logprobs)
-            for i, request in enumerate(batch.requests):
-                most = request.params.logprobs
-                if most is not None and batch.samples:
-                    top = list(zip(ids[i][:most], values[i][:most], strict=True))
-                    details[i] = TokenLogprob(tokens[i], chosen[i], rank[i], top)
-        return tokens, finite, details
+    # ---- compiling
 
     def compile(self) -> None:
         """Re-bind the step to its compiled form. Compiled code is kept in the cache folder for the next run."""
@@ -141,53 +208,56 @@ class Runner:
         torch._dynamo.config.recompile_limit = 64  # more than the shapes of several engines in one process
         options = {"size_asserts": False}  # inductor would check every buffer of every call, for 1 % of the time
         self.step = torch.compile(step, fullgraph=True, options=options)
-        self.forward = torch.compile(forward, fullgraph=True, options=options)
         self.compiled = True
 
-    @torch.inference_mode()
     def warm_up(self, greedy_variants: Iterable[bool] = (True, False)) -> Iterable[str]:
-        """Run every shape that serving will meet once, on padding (row 0, page 0). Yields the name of each before it."""
-        rows = {"decode 1 row": 1} | ({"decode many rows": 3} if self.max_batch_size > 1 else {})
-        shapes = [(name, B, 1, greedy) for greedy in greedy_variants for name, B in rows.items()]
-        for name, B, Q, greedy in [
-            ("prefill", 1, 7, True),
-            *shapes,
-        ]:  # primes: equal sizes would pass for one dimension
-            yield name if Q > 1 else f"{name}, {'greedy' if greedy else 'sampled'}"
-            self._call([[0] * Q] * B, [[-1] * Q] * B, [[0] * 11] * B, [0] * B, greedy, mark=True)
+        """Run every graph once, on padding (row 0, page 0). Yields the name of each before it."""
+        for greedy in greedy_variants:
+            for name, lengths in (("one token", [1]), ("many tokens", [1, 1, 5])):  # equal sizes would pass for one
+                yield f"{name}, {'greedy' if greedy else 'sampled'}"
+                self.stream.submit(partial(self._run_padding, lengths, greedy)).result()
 
-    def _call(
-        self,
-        ids: list[list[int]],
-        positions: list[list[int]],
-        tables: list[list[int]],
-        rows: list[int],
-        greedy: bool,
-        mark: bool = False,
-    ) -> StepOutput:
-        inputs = [torch.tensor(x, device=self.device) for x in (ids, positions, tables, rows)]
-        if mark and self.compiled:
-            self._mark_dynamic(*inputs)
-        if len(ids[0]) == 1:
-            return self.step(self.model, self.kv, self.page_size, self.sampling, *inputs, greedy)
-        logits = self.forward(self.model, self.kv, self.page_size, *inputs[:3])
-        return choose(self.sampling, logits, inputs[1], inputs[3], greedy)
+    def _run_padding(self, lengths: list[int], greedy: bool) -> list[Tensor]:
+        rows = from_host([0] * len(lengths), self.device)
+        layout = self.model.lay_out([0] * len(lengths), lengths, self.page_table[rows], self.page_size)
+        inputs = Inputs(from_host([0] * sum(lengths), self.device), rows, layout)
+        if self.compiled:
+            self._mark_dynamic(inputs)
+        return self.step(self.model, self.kv, self.sampling, inputs, greedy)
 
     @staticmethod
-    def _mark_dynamic(ids: Tensor, positions: Tensor, page_table: Tensor, rows: Tensor) -> None:
+    def _mark_dynamic(inputs: Inputs) -> None:
         """Say which sizes will change, so that the compiler need not find out by compiling again."""
-        B, Q = ids.shape
-        torch._dynamo.mark_dynamic(page_table, 1)
-        for tensor in (ids, positions):
-            if Q > 1:
-                torch._dynamo.mark_dynamic(tensor, 1)
-        for tensor in (ids, positions, page_table, rows):
-            if B > 1:
-                torch._dynamo.mark_dynamic(tensor, 0)
+        layout = inputs.layout
+        varying = [layout.read_slots, *layout.bias.values()]
+        if len(inputs.ids) > 1:
+            varying += [inputs.ids, inputs.rows, layout.positions, layout.write_slots, layout.last, layout.shapes]
+        for tensor in varying:
+            torch._dynamo.mark_dynamic(tensor, 0)
 
-    def _padded(self, values: Iterable[float], size: int, fill: float) -> Tensor:
-        values = list(values)
-        return torch.tensor(values + [fill] * (size - len(values)), device=self.device)
+
+class LaunchedStep:
+    """A step on its way through the device."""
+
+    def __init__(self, runner: Runner, batch: Batch):
+        self._runner, self._batch = runner, batch
+        self.pending: Pending = runner.stream.submit(partial(runner.run_forward if batch.masked else runner.run, batch))
+
+    def sample(self, masks: list[Sequence[int] | None]) -> None:
+        self.pending = self._runner.stream.submit(partial(self._runner.run_choose, self._batch, masks))
+
+    def wait(self) -> StepResults:
+        """Wait for the results: tokens, whether their logits were finite, logprobs where they were asked for."""
+        requests = self._batch.requests
+        tokens, finite, *details = (t.tolist()[: len(requests)] for t in self.pending.result())
+        results = StepResults(tokens, finite, [None] * len(requests), self.pending.span())
+        for i, request in enumerate(requests if details else ()):
+            most = request.params.logprobs
+            if most is not None and self._batch.samples[i]:
+                chosen, rank, values, ids = (column[i] for column in details)
+                top = list(zip(ids[:most], values[:most], strict=True))
+                results.logprobs[i] = TokenLogprob(tokens[i], chosen, rank, top)
+        return results
 
 
 def compiled_code_dir() -> Path:

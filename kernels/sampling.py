@@ -24,7 +24,7 @@ PROMPT_BIT = 1 << 30  # in `seen`: the token occurs in the prompt; the bits belo
 
 @dataclass
 class SamplingTensors:
-    """Parameters of R requests, one row each; row 0 is padding. The defaults of a row mean "greedy, nothing else"."""
+    """What is kept of R requests, one row each; row 0 is padding. The defaults of a row mean "greedy, nothing else"."""
 
     temperature: Tensor  # [R] 0 = greedy
     top_k: Tensor  # [R] 0 = off
@@ -39,6 +39,7 @@ class SamplingTensors:
     bias_ids: Tensor  # [R, MAX_BIAS] padding: id 0 with value 0
     bias_values: Tensor  # [R, MAX_BIAS]
     seen: Tensor  # [R, V] int32: PROMPT_BIT | number of times sampled
+    last_token: Tensor  # [R] the last one sampled
 
     @classmethod
     def empty(cls, rows: int, vocab_size: int, device: torch.device) -> "SamplingTensors":
@@ -59,6 +60,7 @@ class SamplingTensors:
             bias_ids=full(0, MAX_BIAS, dtype=torch.int64),
             bias_values=full(0, MAX_BIAS),
             seen=full(0, vocab_size, dtype=torch.int32),
+            last_token=full(0, dtype=torch.int64),
         )
 
     def select(self, rows: Tensor) -> "SamplingTensors":

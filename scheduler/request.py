@@ -7,10 +7,12 @@ Names are those of vLLM, SGLang and the OpenAI API. A request ends exactly once,
 """
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from cache.radix import Namespace, Node
 from errors import UserError
 from kernels.sampling import MAX_BIAS, MAX_STOP_IDS, TOP_LOGPROBS
 
@@ -40,6 +42,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: no logprobs; n: of the chosen token and the n likeliest
     skip_special_tokens: bool = True
+    allowed_tokens_fn: Callable[[list[int]], Sequence[int]] | None = None  # prompt + output ids -> what may come next
 
     def __post_init__(self) -> None:
         for name in ("n", "top_k", "seed", "max_new_tokens", "min_new_tokens", "logprobs"):
@@ -96,8 +99,9 @@ def _in_range(name: str, value: float, low: float, high: float | None = None) ->
 
 class State(Enum):
     WAITING = "waiting"
-    PREFILLING = "prefilling"
-    RUNNING = "running"
+    PREFILLING = "prefilling"  # admitted: has a row and pages; not all of its tokens are computed yet
+    RUNNING = "running"  # decodes: one token a step
+    PREEMPTED = "preempted"  # waits again, with the tokens it has
     FINISHED = "finished"
 
 
@@ -111,42 +115,99 @@ class TokenLogprob:
     top: list[tuple[int, float]]
 
 
-@dataclass(eq=False)
-class Request:
-    """One sequence in the engine. `n` samples of a prompt are n requests."""
+@dataclass
+class RequestMetrics:
+    """When things happened to a request, in seconds of `time.perf_counter`, and what it cost. Names as in vLLM."""
 
-    prompt_ids: list[int]
-    params: SamplingParams
-    stop_ids: frozenset[int]  # the checkpoint's and the caller's
-    max_new_tokens: int  # resolved: what fits
-    seed: int
-    index: int = 0  # which of the n samples
-    state: State = State.WAITING
-    row: int = 0  # of the device's static tensors; 0 = none
-    pages: list[int] = field(default_factory=list)
-    computed: int = 0  # tokens whose keys and values lie in the pages
-    output_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None  # the stop id or string, or the error
     queued_at: float = 0.0
+    admitted_at: float | None = None  # first got a row and pages
+    finished_at: float | None = None
     token_times: list[float] = field(default_factory=list)  # when each output token reached the host
+    cached_tokens: int = 0  # of the prompt, found in the tree when first admitted
+    preemptions: int = 0
 
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from being queued; None before it came."""
+        return self.token_times[0] - self.queued_at if self.token_times else None
+
+
+class Request:
+    """One sequence in the engine. `n` samples of a prompt are n requests, which `leader` ties together.
+
+    tokens:  [ prompt ........ | output ..... ]
+              0 ......... computed                 keys and values are in the pages, or a step on its way puts them there
+              pages: [0, shared) the tree's, locked through `node` | [shared, len) this request's own
+    """
+
+    __slots__ = (
+        "arrival", "computed", "finish_reason", "id", "in_flight", "index", "last", "leader", "logprobs", "max_new_tokens",
+        "metrics", "namespace", "node", "num_prompt", "pages", "params", "passed_over", "priority", "row", "seed", "shared",
+        "state", "stop_ids", "stop_reason", "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        max_new_tokens: int,
+        seed: int,
+        index: int = 0,
+        *,
+        id: str = "",
+        leader: "Request | None" = None,
+        namespace: Namespace = (),
+        priority: int = 0,
+    ):
+        self.id, self.index = id, index  # index: which of the n samples
+        self.params, self.stop_ids, self.seed = params, stop_ids, seed  # stop_ids: the checkpoint's and the caller's
+        self.tokens = array("i", prompt_ids)
+        self.num_prompt, self.max_new_tokens = len(prompt_ids), max_new_tokens
+        self.last = self.num_prompt + max_new_tokens - 1  # position of the last token, which is never computed
+        self.leader = leader  # the first sample of the same prompt; None for that one
+        self.namespace, self.priority = namespace, priority
+        self.state = State.WAITING
+        self.row = 0  # of the device's static tensors; 0 = none
+        self.pages: list[int] = []
+        self.node: Node | None = None
+        self.shared = 0
+        self.computed = 0
+        self.in_flight = 0  # steps on the device that this request takes part in
+        self.arrival = 0  # the order in which the scheduler saw it
+        self.passed_over = 0  # times that a later one was admitted while this was the oldest
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None  # the stop id or string, or the error
+        self.metrics = RequestMetrics()
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.tokens[: self.num_prompt].tolist()
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[self.num_prompt :].tolist()
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens were sampled and have reached the host."""
+        return len(self.tokens) - self.num_prompt
 
     def append(self, token: int) -> None:
         """Take a sampled token, and end if it is a stop id or the last one asked for."""
-        self.output_ids.append(token)
-        if token in self.stop_ids and len(self.output_ids) > self.params.min_new_tokens:
+        self.tokens.append(token)
+        new = len(self.tokens) - self.num_prompt
+        if token in self.stop_ids and new > self.params.min_new_tokens:
             self.finish("stop", token)
-        elif len(self.output_ids) >= self.max_new_tokens:
+        elif new >= self.max_new_tokens:
             self.finish("length")
 
     def finish(self, reason: str, detail: int | str | None = None) -> None:
         if self.finish_reason is not None:
             raise RuntimeError(f"request ended twice: {self.finish_reason}, then {reason}")
         self.finish_reason, self.stop_reason = reason, detail
+        self.state = State.FINISHED
 
 
 def resolve_stop_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> frozenset[int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference import attention_bias, history_slots, paged_attention, write_kv, write_slots
+from kernels.reference import Layout, attention_bias, history_slots, lay_out, paged_attention, write_kv
 
 POISON = 1e4  # in every slot that no token was written to: one that is read by mistake drowns the rest
 
@@ -43,32 +43,20 @@ def make(seed: int, lengths: list[int], page_size: int, heads: int, kv_heads: in
     return Case(page_size, heads, kv_heads, dim, lengths, table, history, keys, values)
 
 
-def positions_of(case: Case, new: list[int]) -> Tensor:
-    """The last `new[b]` tokens of each row, filled up with padding on the left."""
-    Q = max(new)
-    return torch.tensor([[-1] * (Q - n) + list(range(L - n, L)) for L, n in zip(case.lengths, new, strict=True)])
+def layout_of(case: Case, new: list[int], window: int | None = None, dtype: torch.dtype = torch.float32) -> Layout:
+    """A step with the last `new[b]` tokens of each sequence."""
+    starts = [length - n for length, n in zip(case.lengths, new, strict=True)]
+    return lay_out(starts, new, case.table, case.page_size, [window, 3], case.heads // case.kv_heads, dtype)
 
 
-def write(case: Case, positions: Tensor) -> None:
-    """Write the tokens at `positions` through write_slots and write_kv; padding tokens carry POISON of the other sign."""
-    B, Q = positions.shape
-    k, v = (torch.full((B, Q, case.kv_heads, case.dim), -POISON) for _ in range(2))
-    for b, row in enumerate(positions.tolist()):
-        for q, p in enumerate(row):
-            if p >= 0:
-                k[b, q], v[b, q] = case.history[b][0][p], case.history[b][1][p]
-    write_kv(case.keys, case.values, write_slots(case.table, positions, case.page_size), k, v)
+def tokens_of(case: Case, new: list[int]) -> list[tuple[int, int]]:
+    """(sequence, position) of each token of such a step."""
+    return [(b, p) for b, n in enumerate(new) for p in range(case.lengths[b] - n, case.lengths[b])]
 
 
-def write_all(case: Case) -> None:
-    """The whole history, the shorter rows padded."""
-    write(case, positions_of(case, case.lengths))
-
-
-def attend(case: Case, q: Tensor, positions: Tensor, window: int | None, scale: float, softcap: float | None) -> Tensor:
-    slots = history_slots(case.table, case.page_size)
-    bias = attention_bias(positions, slots.shape[1], window, case.heads // case.kv_heads, q.dtype)
-    return paged_attention(q, case.keys.to(q.dtype), case.values.to(q.dtype), slots, bias, scale, softcap)
+def write(case: Case, new: list[int]) -> None:
+    k, v = (torch.stack([case.history[b][kind][p] for b, p in tokens_of(case, new)]) for kind in (0, 1))
+    write_kv(case.keys, case.values, layout_of(case, new).write_slots, k, v)
 
 
 def naive(case: Case, q: Tensor, b: int, head: int, position: int, window, scale, softcap) -> Tensor:
@@ -82,26 +70,27 @@ def naive(case: Case, q: Tensor, b: int, head: int, position: int, window, scale
     return (weights[:, None] * v).sum(0) / weights.sum()
 
 
-def assert_matches(case: Case, positions: Tensor, window=None, scale=0.3, softcap=None, dtype=torch.float32, tol=1e-5):
-    B, Q = positions.shape
-    q = torch.randn(B, Q, case.heads, case.dim)
-    out = attend(case, q.to(dtype), positions, window, scale, softcap)
+def assert_matches(case: Case, new: list[int], window=None, scale=0.3, softcap=None, dtype=torch.float32, tol=1e-5):
+    layout = layout_of(case, new, window, dtype)
+    q = torch.randn(sum(new), case.heads, case.dim)
+    keys, values = case.keys.to(dtype), case.values.to(dtype)
+    bias = layout.bias[window]
+    out = paged_attention(q.to(dtype), keys, values, layout.read_slots, bias, layout.shapes, scale, softcap)
     assert out.shape == q.shape and out.dtype == dtype
-    assert out.isfinite().all()  # padding queries too
-    for b, row in enumerate(positions.tolist()):
-        for i, p in enumerate(row):
-            for h in range(case.heads if p >= 0 else 0):
-                expected = naive(case, q[b, i, h], b, h, p, window, scale, softcap)
-                torch.testing.assert_close(out[b, i, h].double(), expected, rtol=tol, atol=tol)
+    assert layout.positions.tolist() == [p for _, p in tokens_of(case, new)]
+    for i, (b, p) in enumerate(tokens_of(case, new)):
+        for h in range(case.heads):
+            expected = naive(case, q[i, h], b, h, p, window, scale, softcap)
+            torch.testing.assert_close(out[i, h].double(), expected, rtol=tol, atol=tol)
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-@pytest.mark.parametrize("new", [[1, 1, 1], [3, 1, 5], [1, 7, 0]], ids=str)
+@pytest.mark.parametrize("new", [[1, 1, 1], [3, 1, 5], [1, 1, 7], [4, 2, 1], [7, 33, 16]], ids=str)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
 def test_paged_attention(page_size: int, new: list[int], heads: int, kv_heads: int):
     case = make(page_size + heads + sum(new), [7, 33, 16], page_size, heads, kv_heads)
-    write_all(case)
-    assert_matches(case, positions_of(case, new))
+    write(case, case.lengths)
+    assert_matches(case, new)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -109,9 +98,9 @@ def test_paged_attention(page_size: int, new: list[int], heads: int, kv_heads: i
 @pytest.mark.parametrize("page_size", [4, 16])
 def test_window_and_softcap(page_size: int, window: int | None, softcap: float | None):
     case = make(page_size, [5, 30], page_size, heads=4, kv_heads=2)
-    write_all(case)
-    assert_matches(case, positions_of(case, [1, 1]), window, softcap=softcap)
-    assert_matches(case, positions_of(case, [3, 6]), window, softcap=softcap)
+    write(case, case.lengths)
+    assert_matches(case, [1, 1], window, softcap=softcap)
+    assert_matches(case, [3, 6], window, softcap=softcap)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -124,64 +113,67 @@ def test_random_shapes(seed: int):
     kv_heads, page_size = pick(1, 3), pick(1, 9)
     lengths = [pick(1, 25) for _ in range(pick(1, 4))]
     case = make(seed, lengths, page_size, kv_heads * pick(1, 3), kv_heads, dim=2 * pick(1, 6))
-    write_all(case)
+    write(case, case.lengths)
     window, softcap = [None, pick(1, 12)][pick(0, 1)], [None, 1.5][pick(0, 1)]
-    assert_matches(case, positions_of(case, [pick(1, n) for n in lengths]), window, 0.1 * pick(1, 9), softcap)
+    assert_matches(case, [pick(1, n) for n in lengths], window, 0.1 * pick(1, 9), softcap)
 
 
 def test_history_written_in_pieces_equals_history_written_at_once():
     at_once, pieces = (make(0, [9, 14], 4, 4, 2) for _ in range(2))
-    write_all(at_once)
-    for start in range(0, 14, 3):
-        write(pieces, torch.tensor([[p if p < n else -1 for p in range(start, start + 3)] for n in (9, 14)]))
-    assert at_once.keys[4:].equal(pieces.keys[4:]) and at_once.values[4:].equal(pieces.values[4:])
+    write(at_once, at_once.lengths)
+    for lengths, new in (([4, 3], [4, 3]), ([5, 10], [1, 7]), ([9, 14], [4, 4])):
+        pieces.lengths = lengths
+        write(pieces, new)
+    assert at_once.keys.equal(pieces.keys) and at_once.values.equal(pieces.values)
 
 
 def test_bfloat16():
     case = make(3, [9, 21], 4, 4, 2)
     case.history = [tuple(t.bfloat16().float() for t in kv) for kv in case.history]
-    write_all(case)
+    write(case, case.lengths)
     for softcap in (None, 3.0):
-        assert_matches(case, positions_of(case, [2, 5]), softcap=softcap, dtype=torch.bfloat16, tol=0.05)
+        assert_matches(case, [2, 5], softcap=softcap, dtype=torch.bfloat16, tol=0.05)
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_every_token_is_written_to_its_own_slot_and_padding_to_slot_0(page_size: int):
-    case = make(1, [6, 20, 3], page_size, 2, 2)
-    positions = positions_of(case, [2, 5, 0])
-    write(case, positions)
-    expected = [torch.full_like(case.keys, POISON) for _ in range(2)]
-    for cached, kind in zip(expected, (0, 1), strict=True):
-        cached[0] = -POISON
-        for b, row in enumerate(positions.tolist()):
-            for p in [p for p in row if p >= 0]:
-                cached[int(case.table[b, p // page_size]) * page_size + p % page_size] = case.history[b][kind][p]
-    assert case.keys.equal(expected[0]) and case.values.equal(expected[1])
+def test_every_token_is_written_to_its_own_slot_and_no_other(page_size: int):
+    case, new = make(1, [6, 20, 3], page_size, 2, 2), [2, 5, 1]
+    write(case, new)
+    for cached, kind in ((case.keys, 0), (case.values, 1)):
+        expected = torch.full_like(cached, POISON)
+        for b, p in tokens_of(case, new):
+            expected[int(case.table[b, p // page_size]) * page_size + p % page_size] = case.history[b][kind][p]
+        assert cached.equal(expected)
 
 
-def test_a_row_of_padding_reads_and_writes_only_slot_0():
-    """A padded row of a batch: position -1, a table of zeros. It changes nothing for the others."""
+def test_padding_reads_and_writes_only_page_0():
+    """A sequence with a table of zeros changes nothing for the others."""
     case = make(2, [11], 4, 4, 2)
-    write_all(case)
-    before = case.keys.clone(), case.values.clone()
+    write(case, [11])
+    before = case.keys.clone()
     case.table = torch.cat([case.table, torch.zeros_like(case.table)])
-    positions = torch.tensor([[10], [-1]])
-    write(case, positions)
-    assert case.keys[1:].equal(before[0][1:]) and case.values[1:].equal(before[1][1:])
-    assert (case.keys[0] == -POISON).all()
-    assert_matches(case, positions)
+    case.lengths, case.history = [11, 1], case.history * 2
+    write(case, [1, 1])
+    assert case.keys[4:].equal(before[4:]) and not case.keys[:4].equal(before[:4])
+    assert_matches(case, [1, 1])
+
+
+def test_runs_of_single_tokens_are_one_rectangle():
+    case = make(0, [5, 9, 2, 30, 8], 4, 2, 2)
+    layout = layout_of(case, [1, 1, 1, 7, 1])
+    assert layout.shapes.view(-1, 3).tolist() == [[3, 1, 12], [1, 7, 32], [1, 1, 8]]
+    assert layout.last.tolist() == [0, 1, 2, 9, 10]
 
 
 def test_history_slots():
     table = torch.tensor([[5, 2], [1, 0]])
     assert history_slots(table, 3).tolist() == [[15, 16, 17, 6, 7, 8], [3, 4, 5, 0, 1, 2]]
-    assert write_slots(table, torch.tensor([[2, 4], [-1, 0]]), 3).tolist() == [17, 7, 0, 3]
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_bias(groups: int, dtype: torch.dtype):
-    positions = torch.tensor([[3, -1, 0]])
+    positions = torch.tensor([[3, 0, 0]])
     for window, seen in {None: [[0, 1, 2, 3], [0], [0]], 2: [[2, 3], [0], [0]], 1: [[3], [0], [0]]}.items():
         bias = attention_bias(positions, 6, window, groups, dtype)
         assert bias.shape == (1, 1, groups * 3, 6) and bias.dtype == dtype

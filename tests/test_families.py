@@ -58,8 +58,8 @@ def our_logits(model: Transformer, ids: torch.Tensor, chunks: list[int]) -> torc
     table = 1 + torch.randperm(pages)[None]
     out, start = [], 0
     for size in chunks:
-        positions = torch.arange(start, start + size)[None]
-        out.append(model.logits(model(ids[None, start : start + size], positions, table, kv, PAGE))[0])
+        layout = model.lay_out([start], [size], table, PAGE)
+        out.append(model.logits(model(ids[start : start + size], layout, kv)))
         start += size
     return torch.cat(out)
 

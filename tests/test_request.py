@@ -116,7 +116,7 @@ def test_append(tokens: list[int], min_new_tokens: int, reason: str | None, deta
     r = request(min_new_tokens=min_new_tokens)
     append_until_end(r, tokens)
     assert (r.finish_reason, r.stop_reason, r.output_ids) == (reason, detail, tokens)
-    assert len(r) == 3 + len(tokens)
+    assert len(r.tokens) == 3 + len(tokens)
 
 
 @pytest.mark.parametrize("second", ["stop", "length", "abort", "error"])

@@ -1,0 +1,41 @@
+"""One step as the scheduler plans it and the runner runs it: plain ints, no tensors.
+
+It is a snapshot: once it is planned, nothing in it changes, so the device may be a step behind the host.
+"""
+
+from dataclasses import dataclass, field
+
+from scheduler.request import Request
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a step has to do on the device before it computes, in this order."""
+
+    cleared: list[int] = field(default_factory=list)  # pages that hold NaN: zero them
+    copies: list[tuple[int, int]] = field(default_factory=list)  # page to page
+    admitted: list[Request] = field(default_factory=list)  # whose sampling parameters go to their rows
+    tables: list[tuple[int, int, list[int]]] = field(default_factory=list)  # row, first column, its new pages
+
+
+@dataclass(slots=True)
+class Batch:
+    """T new tokens of B requests, one request after the other: first the decodes, one token each, then chunks of prompts."""
+
+    requests: list[Request] = field(default_factory=list)  # [B]
+    ids: list[int] = field(default_factory=list)  # [T]; -row: the last token sampled for that row, still on the device
+    starts: list[int] = field(default_factory=list)  # [B] position of each one's first new token
+    lengths: list[int] = field(default_factory=list)  # [B] how many there are
+    samples: list[bool] = field(default_factory=list)  # [B] False: a chunk that does not reach the end of its prompt
+    decodes: int = 0  # how many of the B, from the front
+    changes: Changes = field(default_factory=Changes)
+
+    @property
+    def greedy(self) -> bool:
+        """Is an argmax over the bare logits all that is asked for?"""
+        return all(r.params.greedy for r, samples in zip(self.requests, self.samples, strict=True) if samples)
+
+    @property
+    def masked(self) -> bool:
+        """Has the host to say which tokens some of them may take?"""
+        return any(r.params.allowed_tokens_fn is not None for r in self.requests)

@@ -1,0 +1,55 @@
+"""A timeline of the steps for chrome://tracing or ui.perfetto.dev: one row for the host, one for the device.
+
+python generate.py --trace trace.json --prompt "Once upon a time"
+python -m bench.trace_picture trace.json docs/overlap.svg
+"""
+
+import json
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+ROWS = ("host", "device")
+
+
+class Timeline:
+    """Events are written as they come; `close` ends the list (the viewers do without)."""
+
+    def __init__(self, path: str | Path):
+        self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        self._origin = time.perf_counter()
+        self._separator = "[\n"
+        for number, row in enumerate(ROWS):
+            self._write({"ph": "M", "name": "thread_name", "pid": 0, "tid": number, "args": {"name": row}})
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        """`function`, and an event on the host's row whenever it is called."""
+
+        @wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.add("host", name, start, time.perf_counter())
+
+        return traced
+
+    def add(self, row: str, name: str, start: float, end: float, **details: Any) -> None:
+        """One event, from `start` to `end` in seconds of `time.perf_counter`; `details` show when it is clicked."""
+        at, duration = (start - self._origin) * 1e6, (end - start) * 1e6
+        self._write(
+            {"ph": "X", "name": name, "pid": 0, "tid": ROWS.index(row), "ts": at, "dur": duration, "args": details}
+        )
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if not self._file.closed:
+            self._file.write(self._separator + json.dumps(event))
+            self._separator = ",\n"
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.write("\n]\n")
+            self._file.close()
