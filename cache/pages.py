@@ -50,6 +50,12 @@ class PagePool:
             self._is_free[page] = True
         self._free.extend(pages)
 
+    def check(self, used: list[int]) -> None:
+        """Prove that every page is free or among those `used`, and only once. RuntimeError otherwise."""
+        pages = used + self._free
+        if not len(pages) == len(set(pages)) == self.total or min(pages) < 1 or max(pages) > self.total:
+            raise RuntimeError(f"{len(used)} used and {len(self._free)} free are not all {self.total} pages, each once")
+
 
 def kv_cache(
     layers: int, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device

@@ -17,10 +17,11 @@ that run will still need, a share of what they may ask for that adapts (SGLang's
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from cache.pages import PagePool
-from cache.radix import Match, RadixTree
+from cache.radix import Match, Node, RadixTree
 from errors import UserError
 from scheduler.batch import Batch, Changes
 from scheduler.policy import MAX_PASSED_OVER, WaitingQueue
@@ -102,6 +103,8 @@ class Scheduler:
             budget -= self._prefill(request, batch, budget)
         self._admit(batch, budget)
         if not batch.requests:
+            if self.has_work and not self._in_flight:
+                raise RuntimeError(f"{len(self.waiting)} requests wait and {len(self.running)} run, but none can go on")
             return None
         batch.changes, self._changes = self._changes, Changes()
         self._in_flight += 1
@@ -368,21 +371,18 @@ class Scheduler:
     def check(self) -> None:
         """Prove that pages, rows and locks are conserved; RuntimeError says what is lost."""
         inside = [*self.running, *self.prefilling, *self.leaving]
-        own = [page for r in inside for page in r.pages[r.shared :]]
-        held = self.tree.check()
-        used = own + held
-        if len(used) != len(set(used)) or len(used) + self.pool.free_pages != self.pool.total:
-            raise RuntimeError(f"{len(own)} pages owned + {len(held)} in the tree + {self.pool.free_pages} free, each once, "
-                               f"is not {self.pool.total}")  # fmt: skip
+        self.pool.check([page for r in inside for page in r.pages[r.shared :]] + self.tree.check())
         rows = [r.row for r in inside] + self.free_rows
         if sorted(rows) != list(range(1, self.max_batch_size + 1)):
             raise RuntimeError(f"rows are lost or have two owners: {sorted(rows)} of {self.max_batch_size}")
+        locks: Counter[Node | None] = Counter()
         for r in inside:
             path, node = [], r.node
             while node is not None:
+                locks[node] += 1
                 path, node = node.pages + path, node.parent
-            if path != r.pages[: r.shared] or (r.node is not None and not r.node.locks):
+            if path != r.pages[: r.shared]:
                 raise RuntimeError(f"request {r.id} runs on {r.shared} pages of the tree that it does not hold")
-        locks = sum(node.locks for root in self.tree.roots.values() for node in root.children.values())
-        if locks != sum(r.node is not None for r in inside):
-            raise RuntimeError(f"{locks} locks in the tree, for {sum(r.node is not None for r in inside)} requests")
+        for node in self.tree.nodes():
+            if node.locks != locks[node]:
+                raise RuntimeError(f"a node of the tree has {node.locks} locks, for {locks[node]} requests")
