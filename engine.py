@@ -14,28 +14,27 @@ there is work; whoever uses `add` calls `step`.
     python -m pytest tests/test_engine.py
 """
 
-import random
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cache.pages import PagePool
+from cache.radix import EVICTION
 from checkpoint import Checkpoint, load
 from errors import EngineFailed, UserError
+from intake import Group, Intake, Prompt, check_ids
 from machine import cpp_compiler, free_memory, pick_device, pick_dtype
 from model import Transformer
-from output import CompletionOutput, Delta, RequestOutput, TextStream
+from output import Delta, RequestOutput
 from runner import Runner, StepResults
 from scheduler.batch import Batch
 from scheduler.loop import Masks, normal_loop, overlap_loop
 from scheduler.policy import REORDER
-from scheduler.request import Request, SamplingParams, TokenLogprob, resolve_stop_ids
+from scheduler.request import Request, SamplingParams, TokenLogprob
 from scheduler.scheduler import Scheduler
 from stats import Stats, Throughput
 from streams import Stream
@@ -43,20 +42,6 @@ from timeline import Timeline
 from tokenizer import Tokenizer
 
 __all__ = ["Engine", "SamplingParams"]
-
-Prompt = str | Sequence[int]
-
-
-@dataclass(eq=False)
-class Group:
-    """The n requests of one prompt, and where their text goes."""
-
-    id: str
-    prompt: str | None
-    requests: list[Request]
-    texts: list[TextStream]
-    stream: Stream | None = None
-    done: threading.Event = field(default_factory=threading.Event)
 
 
 class Engine:
@@ -73,6 +58,7 @@ class Engine:
         chunk_size: int = 2048,
         schedule_policy: str = "lpm",
         radix: bool = True,
+        radix_eviction_policy: str = "lru",
         chunked_prefill: bool = True,
         overlap: bool = True,
         trace: str | Path | None = None,
@@ -81,13 +67,16 @@ class Engine:
 
         max_batch_size: rows that run together. max_total_tokens: tokens in the cache (default: what all rows can use,
         as far as the memory goes). max_model_len: longest sequence (default: the model's, as far as the cache goes).
-        chunk_size: the token budget of a step. schedule_policy: fcfs, lpm, dfs-weight or priority. radix, chunked_prefill,
-        overlap: switches for what each is worth. trace: a file for a timeline of the steps.
+        chunk_size: the token budget of a step. schedule_policy: fcfs, lpm, dfs-weight or priority. radix_eviction_policy: lru,
+        lfu or fifo. radix, chunked_prefill, overlap: switches for what each is worth. trace: a file for a timeline of the steps.
         """
-        _check_options(model, max_batch_size, max_model_len, page_size, chunk_size, schedule_policy)
+        _check_options(model, max_batch_size, max_model_len, page_size, chunk_size)
+        _check_choice("schedule_policy", schedule_policy, REORDER)
+        _check_choice("radix_eviction_policy", radix_eviction_policy, EVICTION)
         self.model, self.tokenizer, self.eos_token_ids = model, tokenizer, list(eos_token_ids)
         self.runner = Runner(model, page_size, max_batch_size)
-        fit = self._tokens_in_memory(chunk_size) if max_total_tokens is None else max_total_tokens
+        largest = chunk_size if chunked_prefill else max_model_len or model.config.max_position
+        fit = self._tokens_in_memory(largest) if max_total_tokens is None else max_total_tokens
         self.max_model_len = max_model_len or max(1, min(model.config.max_position, fit))
         if max_total_tokens is None:
             row = -(-self.max_model_len // page_size) * page_size
@@ -98,15 +87,21 @@ class Engine:
             raise UserError(f"{have}; {max_batch_size} rows need at least one each")
         self.runner.allocate(1 + self.pool.total, self.max_model_len)
         self.scheduler = Scheduler(
-            self.pool, max_batch_size, chunk_size, policy=schedule_policy, radix=radix, chunked_prefill=chunked_prefill
+            self.pool,
+            max_batch_size,
+            chunk_size,
+            policy=schedule_policy,
+            radix=radix,
+            chunked_prefill=chunked_prefill,
+            eviction=radix_eviction_policy,
         )
+        self.intake = Intake(tokenizer, eos_token_ids, model.config.vocab_size, self.max_model_len, self.scheduler)
         self.steps = 0
         self.failure: BaseException | None = None  # of the device; the engine is unhealthy then
         self._groups: dict[str, Group] = {}  # of the requests that have not ended, by id
         self._live: dict[Request, Group] = {}
         self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done before the next step
         self._deltas: list[Delta] = []  # of the step that is being taken
-        self._ids = count(1)
         self._throughput = Throughput()
         self._lock = threading.Lock()  # of _groups and _driver
         self._stepping = threading.Lock()  # one step at a time
@@ -161,7 +156,7 @@ class Engine:
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts, but {len(each)} sampling params")
-        groups = [self._group(x, p, None, priority, cache_salt) for x, p in zip(prompts, each, strict=True)]
+        groups = [self.intake.group(x, p, None, priority, cache_salt) for x, p in zip(prompts, each, strict=True)]
         try:
             self._submit(groups)
             self._drive()
@@ -170,7 +165,7 @@ class Engine:
         finally:
             for group in groups:
                 self.abort(group.id)
-        return [_output(group) for group in groups]
+        return [group.output() for group in groups]
 
     def stream(
         self,
@@ -185,7 +180,7 @@ class Engine:
 
         A prompt that cannot be served is refused here, before the first Delta is asked for.
         """
-        group = self._group(prompt, params or SamplingParams(), request_id, priority, cache_salt)
+        group = self.intake.group(prompt, params or SamplingParams(), request_id, priority, cache_salt)
         group.stream = Stream(group.id, len(group.requests), self.abort)
         self._submit([group])
         self._drive()
@@ -201,7 +196,7 @@ class Engine:
         cache_salt: str | None = None,
     ) -> str:
         """Queue a prompt for whoever calls `step`; returns its id. UserError if it cannot be served, or the id is in use."""
-        group = self._group(prompt, params or SamplingParams(), request_id, priority, cache_salt)
+        group = self.intake.group(prompt, params or SamplingParams(), request_id, priority, cache_salt)
         self._submit([group])
         return group.id
 
@@ -259,7 +254,7 @@ class Engine:
             if ask is not None and samples and request.finish_reason is None:
                 try:
                     allowed = list(ask(request.tokens.tolist()))
-                    _check_ids("allowed_tokens_fn", allowed, self.model.config.vocab_size)
+                    check_ids("allowed_tokens_fn", allowed, self.model.config.vocab_size)
                     if not allowed:
                         raise UserError("allowed_tokens_fn allows no token")
                 except Exception as error:
@@ -372,51 +367,6 @@ class Engine:
 
     # ---- inside
 
-    def _group(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int, cache_salt: str | None
-    ) -> Group:
-        """The n requests of one prompt, refused with a UserError if they cannot be served."""
-        ids = self._encode(prompt)
-        room = self.max_model_len - len(ids)
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens; the context has {self.max_model_len}, and one must be new"
-            )
-        vocab = self.model.config.vocab_size
-        _check_ids("prompt", ids, vocab)
-        _check_ids("stop_token_ids", params.stop_token_ids, vocab)
-        _check_ids("logit_bias", params.logit_bias, vocab)
-        if params.max_new_tokens is not None and params.max_new_tokens > room:
-            asked = f"{len(ids)} prompt tokens + {params.max_new_tokens} new ones"
-            raise UserError(f"{asked} exceed the context of {self.max_model_len}")
-        most = params.max_new_tokens or max(1, min(room, self.pool.total * self.pool.page_size - len(ids)))
-        self.scheduler.refuse_if_too_large(len(ids), most)
-        if not isinstance(priority, int):
-            raise UserError(f"priority is {priority!r}; it must be a whole number")
-        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
-            raise UserError(f"cache_salt is {cache_salt!r}; it must be a text that is not empty")
-        id = request_id if request_id is not None else f"request-{next(self._ids)}"
-        seed = params.seed if params.seed is not None else random.getrandbits(62)
-        stop_ids = resolve_stop_ids(params, self.eos_token_ids)
-        requests: list[Request] = []
-        for i in range(params.n):
-            requests.append(
-                Request(
-                    ids,
-                    params,
-                    stop_ids,
-                    most,
-                    _int64(seed + i),
-                    i,
-                    id=id,
-                    leader=requests[0] if requests else None,
-                    namespace=() if cache_salt is None else ("salt", cache_salt),
-                    priority=priority,
-                )
-            )
-        texts = [TextStream(self._detokenizer(params), params.stop) for _ in requests]
-        return Group(id, prompt if isinstance(prompt, str) else None, requests, texts)
-
     def _submit(self, groups: list[Group]) -> None:
         """Queue groups, all or none, for the next step to take in."""
         with self._lock:
@@ -443,27 +393,13 @@ class Engine:
             self.scheduler.end(request, "abort")
             self._emit(request, [])
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError("this engine has no tokenizer; give token ids")
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = list(prompt)
-        if not ids:
-            raise UserError("the prompt is empty: it has no tokens")
-        return ids
-
-    def _detokenizer(self, params: SamplingParams) -> Any:
-        return self.tokenizer and self.tokenizer.detokenizer(params.skip_special_tokens)
-
-    def _tokens_in_memory(self, chunk_size: int) -> int:
+    def _tokens_in_memory(self, largest_step: int) -> int:
         """How many tokens' keys and values fit: into half of a CPU's free memory, or 9/10 of what a GPU's largest step leaves."""
         c, device = self.model.config, self.runner.device
         bytes_per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.model.dtype.itemsize
         if device.type == "cpu":
             return free_memory(device) // 2 // bytes_per_token
-        step = self.runner.memory_of_largest_step(chunk_size)
+        step = self.runner.memory_of_largest_step(largest_step)
         return int(0.9 * (free_memory(device) - step)) // bytes_per_token
 
     def _start_timeline(self, path: str | Path) -> Timeline:
@@ -480,7 +416,7 @@ class Engine:
 
 
 def _check_options(
-    model: Transformer, max_batch_size: int, max_model_len: int | None, page_size: int, chunk_size: int, policy: str
+    model: Transformer, max_batch_size: int, max_model_len: int | None, page_size: int, chunk_size: int
 ) -> None:
     for name, value in (("max_batch_size", max_batch_size), ("chunk_size", chunk_size)):
         if value < 1:
@@ -490,32 +426,8 @@ def _check_options(
     longest = model.config.max_position
     if max_model_len is not None and not 2 <= max_model_len <= longest:
         raise UserError(f"max_model_len is {max_model_len}; it must be between 2 and the model's {longest}")
-    if policy not in REORDER:
-        raise UserError(f"schedule_policy is {policy!r}; it must be one of {', '.join(REORDER)}")
 
 
-def _check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
-    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if bad is not None:
-        raise UserError(f"{what} has token id {bad}; the vocabulary has ids 0 to {vocab_size - 1}")
-
-
-def _int64(n: int) -> int:
-    """Wrap around, as an integer of the device would."""
-    return (n + 2**63) % 2**64 - 2**63
-
-
-def _output(group: Group) -> RequestOutput:
-    completions = [
-        CompletionOutput(
-            index=r.index,
-            text=text.text,
-            token_ids=r.output_ids,
-            finish_reason=r.finish_reason,
-            stop_reason=r.stop_reason,
-            logprobs=r.logprobs if r.params.logprobs is not None else None,
-            metrics=r.metrics,
-        )
-        for r, text in zip(group.requests, group.texts, strict=True)
-    ]
-    return RequestOutput(group.id, group.prompt, group.requests[0].prompt_ids, completions)
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")

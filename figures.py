@@ -75,6 +75,7 @@ class Figures:
         seconds = max(self.decode_seconds, 1e-9)
         return {
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.engine.stats().cached_tokens,
             "new_tokens": self.new_tokens,
             "prefill_tokens_per_second": self.prompt_tokens / max(self.prefill_seconds, 1e-9),
             "decode_tokens_per_second": self.decode_tokens / seconds,
@@ -95,8 +96,9 @@ def figures_line(f: dict[str, Any]) -> str:
     compiled = ""
     if f["compile_seconds"] is not None:
         compiled = f" | compile {f['compile_seconds']:.1f} s (first time here {f['cold_compile_seconds']:.1f} s)"
+    cached = f" ({f['cached_tokens']} cached)" if f["cached_tokens"] else ""
     return (
-        f"{f['prompt_tokens']} prompt tokens at {f['prefill_tokens_per_second']:,.0f}/s | "
+        f"{f['prompt_tokens']} prompt tokens{cached} at {f['prefill_tokens_per_second']:,.0f}/s | "
         f"{f['new_tokens']} new at {f['decode_tokens_per_second']:,.1f}/s{compiled} | "
         f"{f['weight_bytes_per_token'] / 1e6:,.1f} MB of weights per token, MBU {f['mbu']:.0%} "
         f"of {f['read_bandwidth'] / 1e9:.1f} GB/s | peak memory {f['peak_memory'] / 1e6:,.0f} MB | "

@@ -48,6 +48,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="torch.compile the step first: seconds now, speed after")
+    cache = parser.add_argument_group("cache and scheduler")
+    cache.add_argument("--max-total-tokens", type=int, default=None, help="tokens in the cache (default: what fits)")
+    cache.add_argument("--page-size", type=int, default=16, help="tokens in a page, 1 to 128 (default: 16)")
+    cache.add_argument(
+        "--chunked-prefill-size", type=int, default=2048, help="most prompt tokens in one step (default: 2048)"
+    )
+    cache.add_argument("--no-chunked-prefill", action="store_true", help="compute a prompt whole, whatever its length")
+    cache.add_argument("--no-radix", action="store_true", help="do not keep prefixes for later prompts (--chat)")
+    cache.add_argument("--no-overlap", action="store_true", help="plan a step only when the one before is done")
+    cache.add_argument("--trace", metavar="FILE", help="write a timeline of the steps for ui.perfetto.dev")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quiet", action="store_true", help="only the text: no progress, no figures")
     args = parser.parse_args(argv)
@@ -116,7 +126,19 @@ def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine",
     """Load, and compile if asked to and able to."""
     from engine import Engine
 
-    engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, max_batch_size=args.num_samples)
+    engine = Engine.from_pretrained(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        max_batch_size=args.num_samples,
+        max_total_tokens=args.max_total_tokens,
+        page_size=args.page_size,
+        chunk_size=args.chunked_prefill_size,
+        chunked_prefill=not args.no_chunked_prefill,
+        radix=not args.no_radix,
+        overlap=not args.no_overlap,
+        trace=args.trace,
+    )
     figures = Figures(engine)
     if args.compile:
         try:
@@ -134,16 +156,16 @@ def complete(
     params.max_new_tokens = params.max_new_tokens or min(256, max(1, engine.max_model_len - len(ids)))
     outputs: list[dict[str, Any]] = [{"text": "", "token_ids": [], "finish_reason": None} for _ in range(params.n)]
     single = params.n == 1
-    stream = engine.stream(ids, params)
-    if single:
-        print(prompt, end="", flush=True)
-    for delta in figures.watch(stream, len(ids)):
-        out = outputs[delta.index]
-        out["text"] += delta.text
-        out["token_ids"] += delta.token_ids
-        out["finish_reason"] = delta.finish_reason
+    with engine.stream(ids, params) as stream:
         if single:
-            print(delta.text, end="", flush=True)
+            print(prompt, end="", flush=True)
+        for delta in figures.watch(stream, len(ids)):
+            out = outputs[delta.index]
+            out["text"] += delta.text
+            out["token_ids"] += delta.token_ids
+            out["finish_reason"] = delta.finish_reason
+            if single:
+                print(delta.text, end="", flush=True)
     for i, out in enumerate(outputs):
         print("" if single else f"--- {i + 1} ---\n{prompt}{out['text']}")
     measured = figures.report()
@@ -172,9 +194,10 @@ def chat(engine: "Engine", params: "SamplingParams", args: argparse.Namespace, f
         params.max_new_tokens = min(asked or 256, room)
         answer = ""
         try:
-            for delta in figures.watch(engine.stream(ids, params), len(ids)):
-                answer += delta.text
-                print(delta.text, end="", flush=True)
+            with engine.stream(ids, params) as stream:
+                for delta in figures.watch(stream, len(ids)):
+                    answer += delta.text
+                    print(delta.text, end="", flush=True)
         except KeyboardInterrupt:  # ends this answer; what was said so far stays in the history
             print(" ...", end="")
         print()

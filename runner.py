@@ -103,12 +103,12 @@ class Runner:
         columns = max(2, -(-max_model_len // self.page_size))
         self.page_table = torch.zeros(self.max_batch_size + 1, columns, dtype=torch.int64, device=self.device)
 
-    def memory_of_largest_step(self, chunk_size: int) -> int:
-        """Bytes that a GPU needs beyond weights and pages for a step of all rows and a whole chunk, by running one."""
-        self.allocate(pages=1, max_model_len=chunk_size)
+    def memory_of_largest_step(self, prompt_tokens: int) -> int:
+        """Bytes that a GPU needs beyond weights and pages for a step of all rows and so many prompt tokens, by running one."""
+        self.allocate(pages=1, max_model_len=prompt_tokens)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self.stream.submit(partial(self._run_padding, [1] * self.max_batch_size + [chunk_size], False)).result()
+        self.stream.submit(partial(self._run_padding, [1] * self.max_batch_size + [prompt_tokens], False)).result()
         return torch.cuda.max_memory_allocated(self.device) - before
 
     # ---- a step
@@ -156,21 +156,12 @@ class Runner:
 
     def apply(self, changes: Changes) -> None:
         """On the stream: do what a batch wants done before it computes."""
-        if changes.cleared:
-            self.clear(changes.cleared)
         for source, target in changes.copies:
             self.copy(source, target)
         for request in changes.admitted:
             self.set_row(request)
         for row, column, pages in changes.tables:
             self.page_table[row, column : column + len(pages)] = from_host(pages, self.device)
-
-    def clear(self, pages: list[int]) -> None:
-        """Zero pages that hold NaN: masked or not, it would spread to whoever owns them next."""
-        at = from_host(pages, self.device)[:, None] * self.page_size
-        slots = (at + torch.arange(self.page_size, device=self.device)).flatten()
-        for keys, values in self.kv:
-            keys[slots], values[slots] = 0, 0
 
     def copy(self, source: int, target: int) -> None:
         """Copy one page, in every layer."""

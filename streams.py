@@ -12,6 +12,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 from output import Delta
@@ -30,10 +31,14 @@ class Stream:
         """Called by the engine, in its own thread."""
         with self._ready:
             self._deltas.append(delta)
-            self._ready.notify()
-            if self._waiter is not None:
-                loop, future = self._waiter
-                self._waiter = None
+            self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        """Under the lock."""
+        self._ready.notify()
+        if self._waiter is not None:
+            (loop, future), self._waiter = self._waiter, None
+            with suppress(RuntimeError):  # the loop is closed, and its reader gone: no concern of the engine's thread
                 loop.call_soon_threadsafe(_wake, future)
 
     def _take(self) -> Delta | None:
@@ -78,6 +83,7 @@ class Stream:
         """Nobody reads any more: abort what still runs. Once more does nothing."""
         with self._ready:
             going, self._going = self._going, 0
+            self._wake_reader()
         if going:
             self._abort(self.request_id)
 

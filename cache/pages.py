@@ -62,7 +62,7 @@ def kv_cache(
 ) -> list[tuple[Tensor, Tensor]]:
     """The memory of a pool: for each layer keys and values [slots, K, D], slots = pages * page_size.
 
-    Zeroed, because a masked entry still takes part in a product, and 0 * NaN is NaN.
+    Zeroed, so that page 0, which padding reads before anything was written there, holds numbers.
     """
 
     def tensor() -> Tensor:

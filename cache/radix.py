@@ -82,7 +82,7 @@ class RadixTree:
         self.pages = 0  # in the tree
         self.locked_pages = 0
         self._priority = EVICTION[eviction]
-        self._clock = 0
+        self.clock = 0  # inserts, locks and unlocks so far
         self._heap: list[
             tuple[Any, int, Node]
         ] = []  # (priority, ticket, leaf); stale where the ticket is not the leaf's
@@ -119,7 +119,7 @@ class RadixTree:
             raise ValueError(f"{len(key) // TOKEN_BYTES} tokens do not fill {len(pages)} pages of {self.page_size}")
         if not pages:
             return Insertion([], None, [])
-        self._clock += 1
+        self.clock += 1
         own: list[int] = []
         node: Node = self.roots.setdefault(namespace, Root(namespace))
         for child, same in self._walk(key, namespace):
@@ -159,7 +159,7 @@ class RadixTree:
         return low * block
 
     def _add_leaf(self, parent: Node, key: bytes, pages: list[int]) -> Node:
-        leaf = Node(key, pages, parent, self._clock)
+        leaf = Node(key, pages, parent, self.clock)
         parent.children[key[: self.block]] = leaf
         self.pages += len(pages)
         self._withdraw(parent)
@@ -187,11 +187,11 @@ class RadixTree:
         return node
 
     def lock_node(self, node: Node | None) -> None:
-        self._clock += 1
+        self.clock += 1
         while node is not None and node.parent is not None:
             node.locks += 1
             node.hits += 1
-            node.used = self._clock
+            node.used = self.clock
             if node.locks == 1:
                 self.locked_pages += len(node.pages)
                 self._withdraw(node)
@@ -199,12 +199,12 @@ class RadixTree:
 
     def unlock(self, node: Node | None) -> None:
         """Undo one lock. RuntimeError if there is none."""
-        self._clock += 1
+        self.clock += 1
         while node is not None and node.parent is not None:
             if node.locks == 0:
                 raise RuntimeError("a node was unlocked that nobody had locked")
             node.locks -= 1
-            node.used = self._clock
+            node.used = self.clock
             if node.locks == 0:
                 self.locked_pages -= len(node.pages)
                 self._offer(node)

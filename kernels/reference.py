@@ -60,7 +60,7 @@ def lay_out(
         new = positions[token : token + count * lengths[at]].view(count, -1)
         history = max(starts[at : at + count]) + lengths[at]
         columns = max(2, -(-history // page_size))  # torch.compile would make a constant of a size of 1
-        slots = history_slots(page_table[at : at + count, :columns], page_size)
+        slots = history_slots(page_table[at : at + count, :columns], new[:, -1], page_size)
         shapes += [count, lengths[at], slots.shape[1]]
         reads.append(slots.flatten())
         for window, parts in bias.items():
@@ -87,10 +87,14 @@ def rectangles(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
         at += count
 
 
-def history_slots(page_table: Tensor, page_size: int) -> Tensor:
-    """page_table [B, N] -> the slot of every history entry [B, N * S], in order."""
-    offsets = torch.arange(page_size, device=page_table.device)
-    return (page_table[:, :, None] * page_size + offsets).flatten(1)
+def history_slots(page_table: Tensor, last: Tensor, page_size: int) -> Tensor:
+    """page_table [B, N], last [B]: position of each sequence's last token -> the slot of each history entry [B, N * S].
+
+    Entries behind the last token repeat it: what lies there is somebody else's, and may be NaN, which no mask stops
+    (0 * NaN is NaN). A kernel must likewise load nothing there.
+    """
+    entry = torch.arange(page_table.shape[1] * page_size, device=page_table.device).minimum(last[:, None])
+    return page_table.gather(1, entry // page_size) * page_size + entry % page_size
 
 
 def attention_bias(positions: Tensor, history: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,6 @@ from scheduler.request import Request
 class Changes:
     """What a step has to do on the device before it computes, in this order."""
 
-    cleared: list[int] = field(default_factory=list)  # pages that hold NaN: zero them
     copies: list[tuple[int, int]] = field(default_factory=list)  # page to page
     admitted: list[Request] = field(default_factory=list)  # whose sampling parameters go to their rows
     tables: list[tuple[int, int, list[int]]] = field(default_factory=list)  # row, first column, its new pages

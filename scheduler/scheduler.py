@@ -18,7 +18,7 @@ that run will still need, a share of what they may ask for that adapts (SGLang's
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cache.pages import PagePool
 from cache.radix import Match, Node, RadixTree
@@ -69,6 +69,11 @@ class Scheduler:
         return bool(self.waiting or self.prefilling or self.running or self.leaving)
 
     @property
+    def capacity(self) -> int:
+        """Tokens that the pool holds."""
+        return self.pool.total * self.pool.page_size
+
+    @property
     def available_pages(self) -> int:
         """Free, or free as soon as they are wanted."""
         return self.pool.free_pages + self.tree.evictable_pages
@@ -77,8 +82,7 @@ class Scheduler:
         """UserError if such a request could never fit, even alone."""
         tokens = prompt_tokens + max_new_tokens
         if self.pool.pages_for(tokens) > self.pool.total:
-            size = self.pool.total * self.pool.page_size
-            raise UserError(f"{tokens} tokens (prompt and new) can never fit into a cache of {size}")
+            raise UserError(f"{tokens} tokens (prompt and new) can never fit into a cache of {self.capacity}")
 
     def add(self, request: Request) -> None:
         """Queue it. UserError if it could never fit."""
@@ -166,19 +170,19 @@ class Scheduler:
 
     def _admit(self, batch: Batch, budget: int) -> None:
         """Let requests in while there are rows, budget, and pages beyond what those inside are expected to need."""
-        if not self.waiting or not self.free_rows or self.prefilling or budget <= 0:
+        if not self.waiting or not self.free_rows or budget <= 0:
             return
-        reserve = sum(map(self._expected_pages, self.running))
+        reserve = self._expected_pages(self.running)
         for request in self.waiting.candidates(self.tree, len(self.free_rows) + LOOKAHEAD):
             if (
-                not self.free_rows or self.prefilling
-            ):  # a prompt that has not all its tokens planned has used the budget up
+                not self.free_rows or budget <= 0 or self.prefilling
+            ):  # whose prompt is not all planned has used the budget up
                 return
             match = self.tree.match(request.tokens.tobytes(), request.namespace)
             if self._waits_for_another(request, len(match.pages)):
                 continue
             need = self.pool.pages_for(len(request.tokens)) - len(match.pages)
-            expected = self._expected_pages(request)
+            expected = self._expected_pages([request])
             alone = not self.running and not self.leaving
             if need + match.evictable + (0 if alone else reserve + expected) > self.available_pages:
                 return
@@ -186,9 +190,11 @@ class Scheduler:
             reserve += expected
             budget -= self._prefill(request, batch, budget)
 
-    def _expected_pages(self, request: Request) -> float:
-        """Pages that a request is expected to fill beyond those for the tokens it has."""
-        return self.ratio * min(request.last - request.computed, MOST_EXPECTED) / self.pool.page_size
+    def _expected_pages(self, requests: Iterable[Request]) -> float:
+        """Pages that requests are expected to fill beyond those for the tokens they have."""
+        left = [r.last - r.computed for r in requests]
+        tokens = sum([n if n < MOST_EXPECTED else MOST_EXPECTED for n in left])
+        return self.ratio * tokens / self.pool.page_size
 
     def _waits_for_another(self, request: Request, cached: int) -> bool:
         """Is another request computing what this one needs next, beyond its `cached` pages? Then that is not computed twice."""
@@ -256,7 +262,9 @@ class Scheduler:
         for i, r in enumerate(batch.requests):
             r.in_flight -= 1
             if not finite[i]:
-                self._forget_from(r, batch.starts[i])
+                r.computed = min(
+                    r.computed, batch.starts[i]
+                )  # the rest is not to be trusted, and never enters the tree
                 self.end(r, "error", "the model's logits are not finite")
             if r.state is State.FINISHED:
                 if r in self.leaving and not r.in_flight:
@@ -285,9 +293,11 @@ class Scheduler:
             self._leave(request)
 
     def preempt(self, request: Request) -> None:
-        """Send a running request back to waiting, with its tokens. RuntimeError while a step that it is in is on its way."""
-        if request.in_flight:
-            raise RuntimeError("a request cannot be preempted while it is in flight")
+        """Send a running request back to waiting, with its tokens. RuntimeError if it has no row, or a step is on its way."""
+        if request.in_flight or request.state not in (State.PREFILLING, State.RUNNING):
+            raise RuntimeError(
+                f"a request that is {request.state.value}, in {request.in_flight} steps, cannot be preempted"
+            )
         self._forget(request)
         self._release(request)
         request.computed, request.state = 0, State.PREEMPTED
@@ -315,11 +325,6 @@ class Scheduler:
         request.node, request.pages[:full], request.shared = got.node, got.pages, full
         self.pool.free(got.duplicates)
         return bool(got.duplicates)
-
-    def _forget_from(self, request: Request, start: int) -> None:
-        """What the step wrote from `start` on is not to be trusted: zero it before its pages have another owner."""
-        request.computed = min(request.computed, start)
-        self._changes.cleared += request.pages[start // self.pool.page_size :]
 
     def _leave(self, request: Request) -> None:
         """A request has ended: nothing more is planned for it."""

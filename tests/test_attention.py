@@ -167,7 +167,21 @@ def test_runs_of_single_tokens_are_one_rectangle():
 
 def test_history_slots():
     table = torch.tensor([[5, 2], [1, 0]])
-    assert history_slots(table, 3).tolist() == [[15, 16, 17, 6, 7, 8], [3, 4, 5, 0, 1, 2]]
+    slots = history_slots(table, torch.tensor([4, 1]), 3)
+    assert slots.tolist() == [[15, 16, 17, 6, 7, 7], [3, 4, 4, 4, 4, 4]]  # behind the last token, it is repeated
+
+
+def test_nan_behind_the_last_token_is_not_read():
+    """On the same page, and on pages that a longer sequence of the same step makes the table name."""
+    case = make(5, [9, 2], 4, 4, 2)
+    write(case, case.lengths)
+    assert_matches(case, [1, 1])
+    written = torch.zeros(len(case.keys), dtype=torch.bool)
+    for b, length in enumerate(case.lengths):
+        written[history_slots(case.table[b : b + 1], torch.tensor([length - 1]), 4)] = True
+    case.keys[~written], case.values[~written] = float("nan"), float("nan")
+    assert_matches(case, [1, 1])
+    assert_matches(case, [3, 2])
 
 
 @pytest.mark.parametrize("groups", [1, 3])

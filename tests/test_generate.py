@@ -46,6 +46,21 @@ def test_a_stop_string_is_trimmed():
     assert result["finish_reason"] == "stop" and "a" not in result["text"]
 
 
+def test_switches_change_no_token_and_a_trace_is_written(tmp_path: Path):
+    args = ("--prompt", "Once upon a time", *GREEDY, "--quiet")
+    off = ("--no-radix", "--no-overlap", "--no-chunked-prefill", "--page-size", "1", "--max-total-tokens", "200")
+    chunks = ("--chunked-prefill-size", "1", "--trace", str(tmp_path / "trace.json"))
+    assert run(*args).stdout == run(*args, *off).stdout == run(*args, *chunks).stdout
+    events = json.loads((tmp_path / "trace.json").read_text())
+    assert {"plan", "launch", "commit"} <= {e["name"] for e in events}
+
+
+def test_chat_finds_its_history_in_the_cache():
+    lines = "Mia is 7 years old and lives in Oslo.\nWhat is 27 + 58?\n/exit\n"
+    answers = [run("--chat", *GREEDY[:4], *off, stdin=lines).stdout for off in ((), ("--no-radix",))]
+    assert answers[0] == answers[1] and answers[0].count("\n") == 2
+
+
 def test_chat_keeps_and_resets_its_history():
     lines = "Mia is 7 years old and lives in Oslo.\n/reset\nWhat is 27 + 58?\n/exit\nnever read\n"
     result = run("--chat", "--temperature", "0", "--dtype", "float32", stdin=lines)
@@ -70,6 +85,12 @@ def test_chat_keeps_and_resets_its_history():
         (["--prompt", "x", "--device", "tpu"], "device 'tpu' is unknown"),
         (["--prompt", "x", "--model", "no/such/folder"], "no such folder"),
         (["--prompt-file", "no-such-file"], "cannot read the prompt file no-such-file"),
+        (["--prompt", "x", "--page-size", "129"], "page_size is 129; it must be between 1 and 128"),
+        (["--prompt", "x", "--max-total-tokens", "15"], "a pool of 1 pages of 16 tokens is too small"),
+        (["--prompt", "x", "--max-total-tokens", "32", "--num-samples", "3"], "3 rows need at least one each"),
+        (["--prompt", "x " * 50, "--max-total-tokens", "48"], "the context has 48"),
+        (["--prompt", "x", "--chunked-prefill-size", "0"], "chunk_size is 0"),
+        (["--prompt", "x", "--trace", "no/such/folder/trace.json"], "cannot write the trace"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], message: str):

@@ -1,0 +1,140 @@
+"""A prompt becomes requests: encoded, and checked for everything that a person can get wrong.
+
+Runs in the caller's thread, before the engine knows of it, so that a refusal disturbs nobody.
+
+    python -m pytest tests/test_engine.py
+"""
+
+import random
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from errors import UserError
+from output import CompletionOutput, RequestOutput, TextStream
+from scheduler.request import Request, SamplingParams, resolve_stop_ids
+from scheduler.scheduler import Scheduler
+from streams import Stream
+from tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(eq=False)
+class Group:
+    """The n requests of one prompt, and where their text goes."""
+
+    id: str
+    prompt: str | None
+    requests: list[Request]
+    texts: list[TextStream]
+    stream: Stream | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def output(self) -> RequestOutput:
+        completions = [
+            CompletionOutput(
+                index=r.index,
+                text=text.text,
+                token_ids=r.output_ids,
+                finish_reason=r.finish_reason,
+                stop_reason=r.stop_reason,
+                logprobs=r.logprobs if r.params.logprobs is not None else None,
+                metrics=r.metrics,
+            )
+            for r, text in zip(self.requests, self.texts, strict=True)
+        ]
+        return RequestOutput(self.id, self.prompt, self.requests[0].prompt_ids, completions)
+
+
+class Intake:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        max_model_len: int,
+        scheduler: Scheduler,
+    ):
+        self.tokenizer, self.eos_token_ids, self.vocab_size = tokenizer, list(eos_token_ids), vocab_size
+        self.max_model_len, self.scheduler = max_model_len, scheduler
+        self._ids = count(1)
+
+    def group(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Group:
+        """The n requests of one prompt. UserError if they cannot be served."""
+        ids = self._encode(prompt)
+        new = self._new_tokens(len(ids), params.max_new_tokens)
+        check_ids("prompt", ids, self.vocab_size)
+        check_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)
+        check_ids("logit_bias", params.logit_bias, self.vocab_size)
+        if not isinstance(priority, int):
+            raise UserError(f"priority is {priority!r}; it must be a whole number")
+        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+            raise UserError(f"cache_salt is {cache_salt!r}; it must be a text that is not empty")
+        id = request_id if request_id is not None else f"request-{next(self._ids)}"
+        seed = params.seed if params.seed is not None else random.getrandbits(62)
+        stop_ids = resolve_stop_ids(params, self.eos_token_ids)
+        namespace = () if cache_salt is None else ("salt", cache_salt)
+        first = Request(ids, params, stop_ids, new, _int64(seed), id=id, namespace=namespace, priority=priority)
+        others = [
+            Request(
+                ids, params, stop_ids, new, _int64(seed + i), i,
+                id=id, leader=first, namespace=namespace, priority=priority,
+            )
+            for i in range(1, params.n)
+        ]  # fmt: skip
+        return Group(
+            id,
+            prompt if isinstance(prompt, str) else None,
+            [first, *others],
+            [TextStream(self._detokenizer(params), params.stop) for _ in range(params.n)],
+        )
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError("this engine has no tokenizer; give token ids")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise UserError("the prompt is empty: it has no tokens")
+        return ids
+
+    def _new_tokens(self, prompt_tokens: int, asked: int | None) -> int:
+        """How many tokens may be generated. What was asked for is given or refused, never clipped; None is what fits."""
+        room = self.max_model_len - prompt_tokens
+        if room < 1:
+            raise UserError(
+                f"the prompt has {prompt_tokens} tokens; the context has {self.max_model_len}, and one must be new"
+            )
+        if asked is not None and asked > room:
+            raise UserError(
+                f"{prompt_tokens} prompt tokens + {asked} new ones exceed the context of {self.max_model_len}"
+            )
+        new = asked or max(1, min(room, self.scheduler.capacity - prompt_tokens))
+        self.scheduler.refuse_if_too_large(prompt_tokens, new)
+        return new
+
+    def _detokenizer(self, params: SamplingParams):
+        return self.tokenizer and self.tokenizer.detokenizer(params.skip_special_tokens)
+
+
+def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
+    """UserError if an id is outside of the vocabulary."""
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise UserError(f"{what} has token id {bad}; the vocabulary has ids 0 to {vocab_size - 1}")
+
+
+def _int64(n: int) -> int:
+    """Wrap around, as an integer of the device would."""
+    return (n + 2**63) % 2**64 - 2**63
