@@ -19,6 +19,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ class Engine:
         self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done before the next step
         self._deltas: list[Delta] = []  # of the step that is being taken
         self._throughput = Throughput()
+        self._batch_size = 0
         self._lock = threading.Lock()  # of _groups and _driver
         self._stepping = threading.Lock()  # one step at a time
         self._driver: threading.Thread | None = None
@@ -209,7 +211,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.failure is None and bool(self._inbox or self.scheduler.has_work)
+        return bool(self._inbox) or (self.failure is None and self.scheduler.has_work)
 
     def step(self) -> list[Delta]:
         """One step of whatever there is to do. Returns what became of it, for all requests.
@@ -220,7 +222,8 @@ class Engine:
             self._deltas = []
             try:
                 while self._inbox:
-                    self._inbox.popleft()()
+                    self._inbox[0]()
+                    self._inbox.popleft()
                 if self.failure is None:
                     next(self._loop)
             except BaseException as error:
@@ -240,6 +243,7 @@ class Engine:
                 if request.finish_reason == "error":
                     self._emit(request, [])
         self.steps += 1
+        self._batch_size = len(batch.requests)
         self._throughput.add(now, len(taken))
         if self.timeline is not None:
             self.timeline.add(
@@ -327,6 +331,18 @@ class Engine:
                     self._driver = None
                     return
 
+    def _between_steps(self, work: Callable[[], Any]) -> Any:
+        """Run it when no step is being taken: in the thread that steps, or here if there is none."""
+        done: Future[Any] = Future()
+        with self._lock:
+            driven = self._driver is not None
+            if driven:
+                self._inbox.append(lambda: _fulfil(done, work))
+        if not driven:
+            with self._stepping:
+                _fulfil(done, work)
+        return done.result()
+
     # ---- what goes on
 
     def stats(self) -> Stats:
@@ -336,6 +352,7 @@ class Engine:
             healthy=self.failure is None,
             running=len(s.running) + len(s.prefilling),
             waiting=len(s.waiting),
+            batch_size=self._batch_size,
             pages_total=self.pool.total,
             pages_free=self.pool.free_pages,
             pages_held=s.tree.pages,
@@ -351,19 +368,19 @@ class Engine:
 
     def flush_cache(self) -> int:
         """Drop all cached prefixes that nobody runs on. Returns how many pages of the tree stay, because somebody does."""
-        with self._stepping:
-            return self.scheduler.flush()
+        return self._between_steps(self.scheduler.flush)
 
     def check(self) -> None:
         """Prove that no page, no row and no lock is lost or owned twice; RuntimeError otherwise."""
-        with self._stepping:
-            if self.failure is not None:
-                raise EngineFailed(str(self.failure)) from self.failure
-            self.scheduler.check()
-            if not self.scheduler.has_work and self.scheduler.available_pages != self.pool.total:
-                raise RuntimeError(
-                    f"idle, but only {self.scheduler.available_pages} of {self.pool.total} pages are to be had"
-                )
+        if self.failure is not None:
+            raise EngineFailed(str(self.failure)) from self.failure
+        self._between_steps(self._check)
+
+    def _check(self) -> None:
+        self.scheduler.check()
+        if not self.scheduler.has_work and self.scheduler.available_pages != self.pool.total:
+            have = self.scheduler.available_pages
+            raise RuntimeError(f"idle, but only {have} of {self.pool.total} pages are to be had")
 
     # ---- inside
 
@@ -383,9 +400,10 @@ class Engine:
                 self._inbox.append(lambda group=group: self._take_in(group))
 
     def _take_in(self, group: Group) -> None:
-        for request in group.requests:
-            self._live[request] = group
-            self.scheduler.add(request)
+        if self.failure is None:
+            for request in group.requests:
+                self._live[request] = group
+                self.scheduler.add(request)
 
     def _abort(self, request_id: str) -> None:
         group = self._groups.get(request_id)
@@ -413,6 +431,13 @@ class Engine:
         self.commit, self.masks = timeline.timed("commit", self.commit), timeline.timed("mask", self.masks)
         weakref.finalize(self, timeline.close)  # at the latest when the process ends
         return timeline
+
+
+def _fulfil(promise: Future, work: Callable[[], Any]) -> None:
+    try:
+        promise.set_result(work())
+    except Exception as error:
+        promise.set_exception(error)
 
 
 def _check_options(

@@ -10,6 +10,7 @@ class Stats:
     healthy: bool
     running: int  # requests that have a row
     waiting: int
+    batch_size: int  # requests in the step committed last
     pages_total: int
     pages_free: int
     pages_held: int  # by the radix tree
@@ -24,23 +25,18 @@ class Stats:
 
 
 class Throughput:
-    """Tokens a second over the last `window` seconds."""
+    """Tokens a second over the last `window` seconds. One thread adds, any thread asks."""
 
     def __init__(self, window: float = 5.0):
         self._window = window
         self._steps: deque[tuple[float, int]] = deque()  # when a step came home, and its tokens
-        self._tokens = 0
 
     def add(self, now: float, tokens: int) -> None:
         self._steps.append((now, tokens))
-        self._tokens += tokens
-        self._forget(now)
-
-    def _forget(self, now: float) -> None:
-        while self._steps and self._steps[0][0] < now - self._window:
-            self._tokens -= self._steps.popleft()[1]
+        while self._steps[0][0] < now - self._window:
+            self._steps.popleft()
 
     def rate(self) -> float:
         now = time.perf_counter()
-        self._forget(now)
-        return self._tokens / max(now - self._steps[0][0], 1e-3) if self._steps else 0.0
+        recent = [step for step in list(self._steps) if step[0] >= now - self._window]
+        return sum(tokens for _, tokens in recent) / max(now - recent[0][0], 1e-3) if recent else 0.0

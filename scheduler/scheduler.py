@@ -192,7 +192,7 @@ class Scheduler:
 
     def _expected_pages(self, requests: Iterable[Request]) -> float:
         """Pages that requests are expected to fill beyond those for the tokens they have."""
-        left = [r.last - r.computed for r in requests]
+        left = [r.last - len(r.tokens) for r in requests]
         tokens = sum([n if n < MOST_EXPECTED else MOST_EXPECTED for n in left])
         return self.ratio * tokens / self.pool.page_size
 

@@ -316,11 +316,11 @@ def test_first_come_first_served():
 
 
 def test_admission_leaves_what_those_inside_are_expected_to_need():
-    first, second = request(4, new=20), request(4, new=1)
+    first, second = request(4, new=20), request(8, new=1)
     s = make(6, 4, 3, 100, first, second)
     step(s)
     assert states(first, second) == [State.RUNNING, State.WAITING]
-    s = make(6, 4, 3, 100, first := request(4, new=20), second := request(4, new=1))
+    s = make(6, 4, 3, 100, first := request(4, new=20), second := request(8, new=1))
     s.ratio = RATIO_LEAST
     s.plan()
     assert states(first, second) == [State.RUNNING, State.RUNNING]
