@@ -105,7 +105,7 @@ class Engine:
         self._deltas: list[Delta] = []  # of the step that is being taken
         self._throughput = Throughput()
         self._batch_size = 0
-        self._lock = threading.Lock()  # of _groups and _driver
+        self._lock = threading.RLock()  # of _groups and _driver; a stream may be collected, and abort, while it is held
         self._stepping = threading.Lock()  # one step at a time
         self._driver: threading.Thread | None = None
         self.timeline = None if trace is None else self._start_timeline(trace)
@@ -166,7 +166,7 @@ class Engine:
                 group.done.wait()
         finally:
             for group in groups:
-                self.abort(group.id)
+                self._abort_soon(group)
         return [group.output() for group in groups]
 
     def stream(
@@ -183,10 +183,11 @@ class Engine:
         A prompt that cannot be served is refused here, before the first Delta is asked for.
         """
         group = self.intake.group(prompt, params or SamplingParams(), request_id, priority, cache_salt)
-        group.stream = Stream(group.id, len(group.requests), self.abort)
+        stream = Stream(group.id, len(group.requests), lambda _: self._abort_soon(group))
+        group.stream = weakref.ref(stream)
         self._submit([group])
         self._drive()
-        return group.stream
+        return stream
 
     def add(
         self,
@@ -204,8 +205,8 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step, from any thread. An id that is unknown or has ended: nothing happens."""
-        if request_id in self._groups:
-            self._inbox.append(lambda: self._abort(request_id))
+        if (group := self._groups.get(request_id)) is not None:
+            self._abort_soon(group)
 
     # ---- the step
 
@@ -222,8 +223,10 @@ class Engine:
             self._deltas = []
             try:
                 while self._inbox:
-                    self._inbox[0]()
-                    self._inbox.popleft()
+                    try:
+                        self._inbox[0]()
+                    finally:
+                        self._inbox.popleft()
                 if self.failure is None:
                     next(self._loop)
             except BaseException as error:
@@ -259,6 +262,7 @@ class Engine:
                 try:
                     allowed = list(ask(request.tokens.tolist()))
                     check_ids("allowed_tokens_fn", allowed, self.model.config.vocab_size)
+                    allowed = [int(i) for i in allowed]
                     if not allowed:
                         raise UserError("allowed_tokens_fn allows no token")
                 except Exception as error:
@@ -299,8 +303,8 @@ class Engine:
                 with self._lock:
                     self._groups.pop(group.id, None)
                 group.done.set()
-        if group.stream is not None:
-            group.stream.put(delta)
+        if group.stream is not None and (stream := group.stream()) is not None:
+            stream.put(delta)
 
     def _fail(self, error: BaseException) -> None:
         """The device has failed: nothing on it can be trusted. All requests end, and whoever waits is told."""
@@ -405,9 +409,14 @@ class Engine:
                 self._live[request] = group
                 self.scheduler.add(request)
 
-    def _abort(self, request_id: str) -> None:
-        group = self._groups.get(request_id)
-        for request in group.requests if group is not None else ():
+    def _abort_soon(self, group: Group) -> None:
+        """This very group: its id may be another's by now."""
+        with self._lock:
+            if self._groups.get(group.id) is group:
+                self._inbox.append(lambda: self._abort(group))
+
+    def _abort(self, group: Group) -> None:
+        for request in group.requests:
             self.scheduler.end(request, "abort")
             self._emit(request, [])
 
@@ -444,8 +453,8 @@ def _check_options(
     model: Transformer, max_batch_size: int, max_model_len: int | None, page_size: int, chunk_size: int
 ) -> None:
     for name, value in (("max_batch_size", max_batch_size), ("chunk_size", chunk_size)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} is {value}; it must be a whole number, at least 1")
     if not 1 <= page_size <= 128:
         raise UserError(f"page_size is {page_size}; it must be between 1 and 128")
     longest = model.config.max_position

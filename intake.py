@@ -7,9 +7,11 @@ Runs in the caller's thread, before the engine knows of it, so that a refusal di
 
 import random
 import threading
+import uuid
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from numbers import Integral
 
 from errors import UserError
 from output import CompletionOutput, RequestOutput, TextStream
@@ -29,7 +31,7 @@ class Group:
     prompt: str | None
     requests: list[Request]
     texts: list[TextStream]
-    stream: Stream | None = None
+    stream: "weakref.ref[Stream] | None" = None  # weak: a stream that its reader drops must die, and abort
     done: threading.Event = field(default_factory=threading.Event)
 
     def output(self) -> RequestOutput:
@@ -59,7 +61,6 @@ class Intake:
     ):
         self.tokenizer, self.eos_token_ids, self.vocab_size = tokenizer, list(eos_token_ids), vocab_size
         self.max_model_len, self.scheduler = max_model_len, scheduler
-        self._ids = count(1)
 
     def group(
         self,
@@ -79,7 +80,7 @@ class Intake:
             raise UserError(f"priority is {priority!r}; it must be a whole number")
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
             raise UserError(f"cache_salt is {cache_salt!r}; it must be a text that is not empty")
-        id = request_id if request_id is not None else f"request-{next(self._ids)}"
+        id = request_id if request_id is not None else f"request-{uuid.uuid4().hex}"
         seed = params.seed if params.seed is not None else random.getrandbits(62)
         stop_ids = resolve_stop_ids(params, self.eos_token_ids)
         namespace = () if cache_salt is None else ("salt", cache_salt)
@@ -129,10 +130,10 @@ class Intake:
 
 
 def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
-    """UserError if an id is outside of the vocabulary."""
-    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if bad is not None:
-        raise UserError(f"{what} has token id {bad}; the vocabulary has ids 0 to {vocab_size - 1}")
+    """UserError if an id is no whole number, or outside of the vocabulary."""
+    bad = [i for i in ids if not isinstance(i, Integral) or not 0 <= i < vocab_size]
+    if bad:
+        raise UserError(f"{what} has token id {bad[0]!r}; the vocabulary has ids 0 to {vocab_size - 1}")
 
 
 def _int64(n: int) -> int:

@@ -233,6 +233,7 @@ class LaunchedStep:
     def __init__(self, runner: Runner, batch: Batch):
         self._runner, self._batch = runner, batch
         self.pending: Pending = runner.stream.submit(partial(runner.run_forward if batch.masked else runner.run, batch))
+        self._first = self.pending
 
     def sample(self, masks: list[Sequence[int] | None]) -> None:
         self.pending = self._runner.stream.submit(partial(self._runner.run_choose, self._batch, masks))
@@ -240,8 +241,9 @@ class LaunchedStep:
     def wait(self) -> StepResults:
         """Wait for the results: tokens, whether their logits were finite, logprobs where they were asked for."""
         requests = self._batch.requests
+        self._first.result()  # of a masked batch: raises what the forward has raised
         tokens, finite, *details = (t.tolist()[: len(requests)] for t in self.pending.result())
-        results = StepResults(tokens, finite, [None] * len(requests), self.pending.span())
+        results = StepResults(tokens, finite, [None] * len(requests), (self._first.span()[0], self.pending.span()[1]))
         for i, request in enumerate(requests if details else ()):
             most = request.params.logprobs
             if most is not None and self._batch.samples[i]:

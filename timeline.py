@@ -5,6 +5,7 @@ python -m bench.trace_picture trace.json docs/overlap.svg
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -15,10 +16,11 @@ ROWS = ("host", "device")
 
 
 class Timeline:
-    """Events are written as they come; `close` ends the list (the viewers do without)."""
+    """Events are written as they come; `close`, from any thread, ends the list (the viewers do without)."""
 
     def __init__(self, path: str | Path):
         self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        self._lock = threading.Lock()
         self._origin = time.perf_counter()
         self._separator = "[\n"
         for number, row in enumerate(ROWS):
@@ -45,11 +47,13 @@ class Timeline:
         )
 
     def _write(self, event: dict[str, Any]) -> None:
-        if not self._file.closed:
-            self._file.write(self._separator + json.dumps(event))
-            self._separator = ",\n"
+        with self._lock:
+            if not self._file.closed:
+                self._file.write(self._separator + json.dumps(event))
+                self._separator = ",\n"
 
     def close(self) -> None:
-        if not self._file.closed:
-            self._file.write("\n]\n")
-            self._file.close()
+        with self._lock:
+            if not self._file.closed:
+                self._file.write("\n]\n")
+                self._file.close()

@@ -7,6 +7,7 @@ Names are those of vLLM, SGLang and the OpenAI API. A request ends exactly once,
 """
 
 import math
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -208,6 +209,7 @@ class Request:
             raise RuntimeError(f"request ended twice: {self.finish_reason}, then {reason}")
         self.finish_reason, self.stop_reason = reason, detail
         self.state = State.FINISHED
+        self.metrics.finished_at = time.perf_counter()
 
 
 def resolve_stop_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> frozenset[int]:

@@ -329,7 +329,6 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         """A request has ended: nothing more is planned for it."""
         self._forget(request)
-        request.metrics.finished_at = time.perf_counter()
         if request.in_flight:
             self.leaving.add(request)
         else:
