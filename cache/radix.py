@@ -183,14 +183,15 @@ class RadixTree:
         node = match.node
         if node is not None and match.used < len(node.pages):
             node = self._split(node, match.used)
-        self.lock_node(node)
+        self.lock_node(node, hits=1)
         return node
 
-    def lock_node(self, node: Node | None) -> None:
+    def lock_node(self, node: Node | None, hits: int = 0) -> None:
+        """Lock a node that `insert` has returned: it was computed, so it is no hit."""
         self.clock += 1
         while node is not None and node.parent is not None:
             node.locks += 1
-            node.hits += 1
+            node.hits += hits
             node.used = self.clock
             if node.locks == 1:
                 self.locked_pages += len(node.pages)

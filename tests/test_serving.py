@@ -1030,8 +1030,9 @@ def test_what_can_never_fit_is_refused_with_the_figures():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"max_batch_size": 0}, "max_batch_size is 0; it must be at least 1"),
-        ({"chunk_size": -1}, "chunk_size is -1; it must be at least 1"),
+        ({"max_batch_size": 0}, "max_batch_size is 0; it must be a whole number, at least 1"),
+        ({"chunk_size": 7.5}, "chunk_size is 7.5; it must be a whole number, at least 1"),
+        ({"chunk_size": -1}, "chunk_size is -1; it must be a whole number, at least 1"),
         ({"page_size": 129}, "page_size is 129; it must be between 1 and 128"),
         ({"max_model_len": 257}, "max_model_len is 257; it must be between 2 and the model's 256"),
         ({"schedule_policy": "lottery"}, "schedule_policy is 'lottery'; it must be one of fcfs, lpm"),
