@@ -72,6 +72,7 @@ class CudaStream:
     """A stream to compute and a stream to fetch results."""
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.compute, self.fetch = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.first = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)  # once, so that the events' clock can be told in the host's
@@ -80,6 +81,7 @@ class CudaStream:
 
     def submit(self, work: Work) -> CudaPending:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.compute.wait_stream(torch.cuda.default_stream(self.device))  # where weights and pages were made
         with torch.inference_mode(), torch.cuda.stream(self.compute):
             start.record()
             results = work()

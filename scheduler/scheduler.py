@@ -174,9 +174,7 @@ class Scheduler:
             return
         reserve = self._expected_pages(self.running)
         for request in self.waiting.candidates(self.tree, len(self.free_rows) + LOOKAHEAD):
-            if (
-                not self.free_rows or budget <= 0 or self.prefilling
-            ):  # whose prompt is not all planned has used the budget up
+            if not self.free_rows or budget <= 0 or self.prefilling:  # a prompt that is not all planned has used it up
                 return
             match = self.tree.match(request.tokens.tobytes(), request.namespace)
             if self._waits_for_another(request, len(match.pages)):
@@ -261,10 +259,8 @@ class Scheduler:
         taken = []
         for i, r in enumerate(batch.requests):
             r.in_flight -= 1
-            if not finite[i]:
-                r.computed = min(
-                    r.computed, batch.starts[i]
-                )  # the rest is not to be trusted, and never enters the tree
+            if not finite[i]:  # what the step has written is not to be trusted, and never enters the tree
+                r.computed = min(r.computed, batch.starts[i])
                 self.end(r, "error", "the model's logits are not finite")
             if r.state is State.FINISHED:
                 if r in self.leaving and not r.in_flight:

@@ -5,6 +5,7 @@ python -m pytest tests/test_device.py
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", On)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(name="default"))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: fake.log.append("host waits for all"))
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: fake.log.append(f"in use by {s.name}"))
         monkeypatch.setattr(device, "to_pinned", to_pinned)
@@ -163,6 +165,7 @@ def test_a_cuda_step_computes_on_one_stream_fetches_on_the_other_and_waits_for_o
 
     pending = stream.submit(work)
     assert fake.log == [
+        "compute waits for default",
         "event on compute",
         "work on compute, inference True",
         "fetch waits for compute",
