@@ -28,7 +28,7 @@ from cache.radix import EVICTION
 from checkpoint import Checkpoint, load
 from errors import EngineFailed, UserError
 from intake import Group, Intake, Prompt, check_ids
-from machine import cpp_compiler, free_memory, pick_device, pick_dtype
+from machine import cpp_compiler, free_memory, pick_device, pick_dtype, release_openmp_team
 from model import Transformer
 from output import Delta, RequestOutput
 from runner import Runner, StepResults
@@ -390,6 +390,8 @@ class Engine:
 
     def _submit(self, groups: list[Group]) -> None:
         """Queue groups, all or none, for the next step to take in."""
+        if self.runner.device.type == "cpu":
+            release_openmp_team()  # the caller's: its threads would get in the way of the device's
         with self._lock:
             if self.failure is not None:
                 raise EngineFailed(f"the engine has failed and takes no requests: {self.failure}")

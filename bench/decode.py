@@ -40,6 +40,7 @@ from bench import ceilings
 from bench.common import alternate, emit, machine_facts, progress, seconds, significant, summarize, table, use_threads
 from checkpoint import Checkpoint, load
 from engine import Engine, SamplingParams
+from machine import release_openmp_team
 from model import Transformer
 from runner import compiled_graphs
 
@@ -127,13 +128,22 @@ class Folio:
             max_model_len=max(row.longest for row in rows),
             max_total_tokens=max(row.batch * -(-row.longest // PAGE) * PAGE for row in rows),
             page_size=PAGE,
+            radix=False,  # the same prompts come again and again
         )
         for shape in self.engine.compile(greedy=True) if compiled else ():
             progress(f"  folio-compiled: {shape}")
 
     def generate(self, prompts: Tokens, new: int, row: Row) -> Tokens:
         params = SamplingParams(temperature=0, max_new_tokens=new, ignore_eos=True)
-        return [output.outputs[0].token_ids for output in self.engine.generate(prompts, params)]
+        outputs = self.engine.generate(prompts, params)
+        self.engine.runner.stream.submit(_let_go).result()
+        return [output.outputs[0].token_ids for output in outputs]
+
+
+def _let_go() -> list[torch.Tensor]:
+    """On the engine's device thread: its OpenMP threads would slow the next engine's down."""
+    release_openmp_team()
+    return []
 
 
 class Peer:

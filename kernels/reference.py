@@ -117,7 +117,6 @@ def write_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) 
     values.index_put_((slots,), v.to(values.dtype))
 
 
-@torch.library.custom_op("folio::paged_attention", mutates_args=())
 def paged_attention(
     q: Tensor,
     keys: Tensor,
@@ -133,28 +132,52 @@ def paged_attention(
     keys, values [slots, K, D]; the rest as in `Layout`. One op, opaque to the compiler, so that one graph serves every mix of
     decodes and chunks.
     """
+    return torch.ops.folio.paged_attention(q, keys, values, read_slots, bias, shapes, scale, softcap)
+
+
+_library = torch.library.Library("folio", "FRAGMENT")
+_library.define(
+    "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor read_slots, Tensor bias, Tensor shapes, float scale, "
+    "float? softcap=None) -> Tensor"
+)
+
+
+def _paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    read_slots: Tensor,
+    bias: Tensor,
+    shapes: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
     H, D = q.shape[1:]
-    out = torch.empty_like(q)
-    token = entry = mask = 0
     groups = H // keys.shape[1]
+    parts = []
+    token = entry = cell = 0
     for count, new, history in shapes.view(-1, 3).tolist():
         tokens, entries, cells = count * new, count * history, count * groups * new * history
-        out[token : token + tokens] = rectangle_attention(
-            q[token : token + tokens].view(count, new, H, D),
+        part = rectangle_attention(
+            q.narrow(0, token, tokens).view(count, new, H, D),
             keys,
             values,
-            read_slots[entry : entry + entries].view(count, history),
-            bias[mask : mask + cells].view(count, 1, groups * new, history),
+            read_slots.narrow(0, entry, entries).view(count, history),
+            bias.narrow(0, cell, cells).view(count, 1, groups * new, history),
             scale,
             softcap,
-        ).view(tokens, H, D)
-        token, entry, mask = token + tokens, entry + entries, mask + cells
-    return out
+        )
+        parts.append(part.reshape(tokens, H, D))
+        token, entry, cell = token + tokens, entry + entries, cell + cells
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
-@paged_attention.register_fake
+_library.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("folio::paged_attention", lib=_library)
 def _(q: Tensor, *_: object, **__: object) -> Tensor:
-    return torch.empty_like(q)
+    return q.new_empty(q.shape)
 
 
 def rectangle_attention(
