@@ -83,9 +83,7 @@ class RadixTree:
         self.locked_pages = 0
         self._priority = EVICTION[eviction]
         self.clock = 0  # inserts, locks and unlocks so far
-        self._heap: list[
-            tuple[Any, int, Node]
-        ] = []  # (priority, ticket, leaf); stale where the ticket is not the leaf's
+        self._heap: list[tuple[Any, int, Node]] = []  # (priority, ticket, leaf); stale if the leaf has another ticket
         self._leaves = 0  # evictable ones
         self._tickets = 0
 

@@ -117,24 +117,6 @@ def write_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) 
     values.index_put_((slots,), v.to(values.dtype))
 
 
-def paged_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    read_slots: Tensor,
-    bias: Tensor,
-    shapes: Tensor,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """softmax(softcap(q k' * scale) + bias) v over each sequence's pages: q [T, H, D] -> [T, H, D].
-
-    keys, values [slots, K, D]; the rest as in `Layout`. One op, opaque to the compiler, so that one graph serves every mix of
-    decodes and chunks.
-    """
-    return torch.ops.folio.paged_attention(q, keys, values, read_slots, bias, shapes, scale, softcap)
-
-
 _library = torch.library.Library("folio", "FRAGMENT")
 _library.define(
     "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor read_slots, Tensor bias, Tensor shapes, float scale, "
@@ -152,6 +134,11 @@ def _paged_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
+    """softmax(softcap(q k' * scale) + bias) v over each sequence's pages: q [T, H, D] -> [T, H, D].
+
+    keys, values [slots, K, D]; the rest as in `Layout`. One op, opaque to the compiler, so that one graph serves every mix of
+    decodes and chunks.
+    """
     H, D = q.shape[1:]
     groups = H // keys.shape[1]
     parts = []
@@ -178,6 +165,9 @@ _library.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
 @torch.library.register_fake("folio::paged_attention", lib=_library)
 def _(q: Tensor, *_: object, **__: object) -> Tensor:
     return q.new_empty(q.shape)
+
+
+paged_attention = torch.ops.folio.paged_attention
 
 
 def rectangle_attention(
