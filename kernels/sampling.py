@@ -5,13 +5,15 @@ hundred. Sorting 16 rows of a 49k vocabulary takes 28 ms on two CPU cores, findi
 
 No generator: the noise of a token is a hash of (seed, position, token id), so what a seeded request gets does not depend
 on what shares its batch, on the order of rows or on the device. Sampling is argmax(logits + Gumbel noise), which draws from
-the softmax without computing it (Gumbel-max).
+the softmax without computing it (Gumbel-max). `kernels.sampler` does the same on a GPU, in Triton.
 
     python -m pytest tests/test_sampling.py
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,14 +70,44 @@ class SamplingTensors:
         return SamplingTensors(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
-def sample(logits: Tensor, p: SamplingTensors, positions: Tensor) -> Tensor:
-    """logits [B, V] float32, positions [B] that the new tokens will have -> token ids [B]."""
+def sample(
+    logits: Tensor, sampling: SamplingTensors, rows: Tensor, positions: Tensor, bitmask: Tensor | None = None
+) -> Tensor:
+    """logits [B, V] float32 -> token ids [B]. Sequence b has the parameters of row rows[b], its new token positions[b].
+
+    `bitmask` is that of `apply_bitmask`; it holds for greedy rows as well. A row that may take nothing gets token 0.
+    """
+    p = sampling.select(rows)
+    if bitmask is not None:
+        logits = apply_bitmask(logits, bitmask)
     logits = apply_penalties(logits, p, positions)
     greedy = logits.argmax(-1)
-    scaled = logits / torch.where(p.temperature > 0, p.temperature.clamp(min=1e-5), 1.0)[:, None]
+    scaled = logits * (1 / torch.where(p.temperature > 0, p.temperature.clamp(min=1e-5), 1.0))[:, None]
     scaled = filter_logits(scaled, p.top_k, p.top_p, p.min_p)
     drawn = (scaled + gumbel_noise(p.seed, positions, logits.shape[-1])).argmax(-1)
     return torch.where(p.temperature > 0, drawn, greedy)
+
+
+def apply_bitmask(logits: Tensor, bitmask: Tensor) -> Tensor:
+    """logits [B, V], bitmask int32 [B, ceil(V / 32)] as xgrammar fills it -> logits with -inf for what is not allowed.
+
+    Bit j of word i set = token 32 * i + j is allowed; bits behind the last token mean nothing. Where nothing is allowed
+    the whole row is -inf, and no other row changes. Raises ValueError for another shape or dtype.
+    """
+    B, V = logits.shape
+    if bitmask.shape != (B, -(-V // 32)) or bitmask.dtype != torch.int32:
+        found = f"{bitmask.dtype} {list(bitmask.shape)}"
+        raise ValueError(f"bitmask is {found}: for {V} tokens it must be torch.int32 [{B}, {-(-V // 32)}]")
+    bits = bitmask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bitmask.device) & 1
+    return logits.masked_fill(bits.flatten(1)[:, :V] == 0, float("-inf"))
+
+
+def pack_bitmask(allowed: Sequence[Sequence[int] | None], vocab_size: int) -> Tensor:
+    """The tokens that each of B rows may take, None = all -> int32 [B, ceil(V / 32)] on the CPU, as `apply_bitmask` takes it."""
+    bits = np.zeros((len(allowed), -(-vocab_size // 32) * 32), dtype=bool)
+    for row, ids in zip(bits, allowed, strict=True):
+        row[slice(None) if ids is None else list(ids)] = True
+    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view("<i4"))
 
 
 def apply_penalties(logits: Tensor, p: SamplingTensors, positions: Tensor) -> Tensor:

@@ -7,17 +7,20 @@ import math
 
 import pytest
 import torch
+import xgrammar
 from torch import Tensor
 
 from kernels.sampling import (
     PROMPT_BIT,
     TOP_LOGPROBS,
     SamplingTensors,
+    apply_bitmask,
     apply_penalties,
     cutoff,
     filter_logits,
     gumbel_noise,
     logprobs,
+    pack_bitmask,
     sample,
 )
 
@@ -42,6 +45,11 @@ def params(rows: int, vocab: int, **values) -> SamplingTensors:
         tensor = getattr(p, name)
         tensor[:] = torch.tensor(value, dtype=tensor.dtype) if isinstance(value, list) else value
     return p
+
+
+def draw(logits: Tensor, p: SamplingTensors, positions: Tensor, bitmask: Tensor | None = None) -> Tensor:
+    """Row b of logits with row b of parameters."""
+    return sample(logits, p, torch.arange(len(logits)), positions, bitmask)
 
 
 def full(value: float, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -189,26 +197,111 @@ def test_stop_ids_are_banned_before_their_time():
     assert out.equal(expected)
 
 
+# ---- bitmasks
+
+
+def random_bitmask(rows: int, vocab: int, seed: int) -> Tensor:
+    """Half of the bits set, the spare ones behind the last token too."""
+    words = (rows, -(-vocab // 32))
+    return torch.randint(-(2**31), 2**31, words, generator=torch.Generator().manual_seed(seed)).int()
+
+
+def allowed(bitmask: Tensor, vocab: int) -> Tensor:
+    """bitmask [B, W] -> bool [B, V], bit by bit."""
+    return torch.tensor([[bool(row[t // 32] >> (t % 32) & 1) for t in range(vocab)] for row in bitmask.tolist()])
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 64, 100, 1500])
+def test_bitmask_against_xgrammar_and_a_loop(vocab: int):
+    logits, bitmask = random_logits(vocab, vocab=vocab), random_bitmask(6, vocab, vocab)
+    before, expected = logits.clone(), logits.clone()
+    out = apply_bitmask(logits, bitmask)
+    assert out.equal(logits.masked_fill(~allowed(bitmask, vocab), -INF))
+    if vocab > 32:  # with one word a row, xgrammar's own reads past the end
+        xgrammar.apply_token_bitmask_inplace(expected, bitmask)
+        assert out.equal(expected)
+    assert logits.equal(before), "the logits are still needed for logprobs"
+
+
+def test_spare_bits_of_a_bitmask_mean_nothing():
+    logits, bitmask = random_logits(0, vocab=50), torch.zeros(6, 2, dtype=torch.int32)
+    assert apply_bitmask(logits, bitmask + torch.tensor([0, -1 << 18], dtype=torch.int32)).eq(-INF).all()
+    assert apply_bitmask(logits, bitmask + torch.tensor([-1, (1 << 18) - 1], dtype=torch.int32)).equal(logits)
+
+
+@pytest.mark.parametrize("vocab", [1, 32, 50, 151])
+def test_pack_bitmask(vocab: int):
+    lists = [None, [], list(range(0, vocab, 3)), (vocab - 1,)]
+    packed = pack_bitmask(lists, vocab)
+    assert packed.dtype == torch.int32 and packed.shape == (4, -(-vocab // 32))
+    for row, ids in zip(allowed(packed, vocab), lists, strict=True):
+        assert row.nonzero().flatten().tolist() == (list(range(vocab)) if ids is None else list(ids))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.3}, {"min_p": 1.0}], ids=str)
+def test_a_bitmask_comes_before_everything_else(filters: dict):
+    """What is banned counts for no filter, and neither penalties nor biases bring it back."""
+    B, V = 12, 50
+    logits, bitmask = random_logits(3, rows=B, vocab=V), random_bitmask(B, V, 4)
+    p = params(B, V, temperature=[0.0, 1.5] * 6, seed=list(range(B)), repetition_penalty=1.2, **filters)
+    p.seen[:, ::2] = 1
+    p.bias_ids[:, 0], p.bias_values[:, 0] = 7, 50.0
+    banned = logits.masked_fill(~allowed(bitmask, V), -INF)
+    tokens = draw(logits, p, torch.arange(B), bitmask)
+    assert tokens.equal(draw(banned, p, torch.arange(B)))
+    assert allowed(bitmask, V)[torch.arange(B), tokens].all()
+    assert tokens[::2].equal(apply_penalties(banned, p, torch.arange(B)).argmax(-1)[::2])
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 3}, {"top_p": 0.3}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}], ids=str
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_may_take_nothing_gets_token_0_and_disturbs_nobody(filters: dict, temperature: float):
+    logits, bitmask = random_logits(5), random_bitmask(6, 50, 6)
+    p = params(6, 50, temperature=temperature, seed=9, **filters)
+    before = draw(logits, p, torch.arange(6), bitmask)
+    bitmask[3] = 0
+    after = draw(logits, p, torch.arange(6), bitmask)
+    others = torch.arange(6) != 3
+    assert after[3] == 0 and after[others].equal(before[others])
+    assert apply_bitmask(logits, bitmask)[3].eq(-INF).all()
+
+
+@pytest.mark.parametrize("bitmask", [torch.zeros(6, 1).int(), torch.zeros(5, 2).int(), torch.zeros(6, 2).long()])
+def test_a_bitmask_of_another_shape_or_dtype(bitmask: Tensor):
+    with pytest.raises(ValueError, match=r"for 50 tokens it must be torch.int32 \[6, 2\]"):
+        apply_bitmask(random_logits(0), bitmask)
+
+
+def test_sampling_with_a_bitmask_is_one_graph():
+    p = params(6, 50, temperature=[0.0, 1.0] * 3, top_k=5)
+    compiled = torch.compile(sample, fullgraph=True, backend="aot_eager")
+    for bitmask in (None, random_bitmask(6, 50, 0)):
+        args = random_logits(0), p, torch.arange(6), torch.arange(6), bitmask
+        assert compiled(*args).equal(sample(*args))
+
+
 # ---- draws
 
 
 def test_greedy_is_argmax():
     logits = random_logits(3, rows=12)
     p = params(12, 50, seed=list(range(12)), top_k=3, top_p=0.5)
-    assert sample(logits, p, torch.arange(12)).equal(logits.argmax(-1))
+    assert draw(logits, p, torch.arange(12)).equal(logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-30, 1e-39])
 def test_a_tiny_temperature_is_greedy(temperature: float):
     logits = random_logits(3)[:1].repeat(50, 1)
-    assert sample(logits, params(50, 50, temperature=temperature), torch.arange(50)).eq(logits[0].argmax()).all()
+    assert draw(logits, params(50, 50, temperature=temperature), torch.arange(50)).eq(logits[0].argmax()).all()
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 def test_the_tightest_filter_is_greedy(filters: dict):
     logits = random_logits(3)[:1].repeat(50, 1)
     p = params(50, 50, temperature=5.0, **filters)
-    assert sample(logits, p, torch.arange(50)).eq(logits[0].argmax()).all()
+    assert draw(logits, p, torch.arange(50)).eq(logits[0].argmax()).all()
 
 
 def test_a_seeded_row_does_not_depend_on_its_batch():
@@ -216,13 +309,13 @@ def test_a_seeded_row_does_not_depend_on_its_batch():
     B, V = 8, 40
     logits, positions = torch.randn(B, V, generator=gen), torch.arange(100, 100 + B)
     p = params(B, V, temperature=[1.0, 0.7, 0, 2.0] * 2, seed=[1, 2, 3, 2**62, -5, 2**63 - 1, 0, 8], top_k=[0, 5] * 4)
-    together = sample(logits, p, positions)
+    together = draw(logits, p, positions)
     order = torch.randperm(B, generator=gen)
-    assert sample(logits[order], p.select(order), positions[order]).equal(together[order])
+    assert sample(logits[order], p, order, positions[order]).equal(together[order])
     for b in range(B):
         one = torch.tensor([b])
-        assert sample(logits[one], p.select(one), positions[one]).equal(together[one])
-    assert sample(logits, p, positions).equal(together)
+        assert sample(logits[one], p, one, positions[one]).equal(together[one])
+    assert draw(logits, p, positions).equal(together)
 
 
 def test_seeds_and_positions_give_different_draws():
@@ -232,11 +325,11 @@ def test_seeds_and_positions_give_different_draws():
     same = [7] * n
     seeds = {"small": list(range(n)), "high bits": [i << 40 for i in range(n)], "negative": [-i for i in range(n)]}
     for name, each in seeds.items():
-        draws = sample(flat, params(n, V, temperature=1.0, seed=each), full(3, n, torch.int64))
+        draws = draw(flat, params(n, V, temperature=1.0, seed=each), full(3, n, torch.int64))
         assert 200 < len(set(draws.tolist())) < 250, name
-    draws = sample(flat, params(n, V, temperature=1.0, seed=same), torch.arange(n))
+    draws = draw(flat, params(n, V, temperature=1.0, seed=same), torch.arange(n))
     assert 200 < len(set(draws.tolist())) < 250
-    draws = sample(flat, params(n, V, temperature=1.0, seed=same), full(3, n, torch.int64))
+    draws = draw(flat, params(n, V, temperature=1.0, seed=same), full(3, n, torch.int64))
     assert len(set(draws.tolist())) == 1
 
 
@@ -260,7 +353,7 @@ def test_draws_follow_the_softmax(temperature: float, filters: dict, vary: str):
     probs = (logits / temperature).masked_fill(~torch.tensor(keep), -INF).softmax(0)
     p = params(n, 10, temperature=temperature, seed=list(range(n)) if vary == "seed" else 1234, **filters)
     positions = torch.arange(n) if vary == "position" else full(17, n, torch.int64)
-    statistic, freedom = chi_square(sample(logits.expand(n, -1), p, positions), probs)
+    statistic, freedom = chi_square(draw(logits.expand(n, -1), p, positions), probs)
     assert statistic < freedom + 4.5 * math.sqrt(2 * max(freedom, 1)) + 4
 
 
