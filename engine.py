@@ -62,6 +62,7 @@ class Engine:
         radix_eviction_policy: str = "lru",
         chunked_prefill: bool = True,
         overlap: bool = True,
+        attention: str = "auto",
         trace: str | Path | None = None,
     ):
         """Serve a model that is loaded already. Without a tokenizer, prompts are token ids and texts are empty.
@@ -69,13 +70,14 @@ class Engine:
         max_batch_size: rows that run together. max_total_tokens: tokens in the cache (default: what all rows can use,
         as far as the memory goes). max_model_len: longest sequence (default: the model's, as far as the cache goes).
         chunk_size: the token budget of a step. schedule_policy: fcfs, lpm, dfs-weight or priority. radix_eviction_policy: lru,
-        lfu or fifo. radix, chunked_prefill, overlap: switches for what each is worth. trace: a file for a timeline of the steps.
+        lfu or fifo. radix, chunked_prefill, overlap: switches for what each is worth. attention: reference, sdpa or triton (auto:
+        triton on a GPU, else sdpa). trace: a file for a timeline of the steps.
         """
         _check_options(model, max_batch_size, max_model_len, page_size, chunk_size)
         _check_choice("schedule_policy", schedule_policy, REORDER)
         _check_choice("radix_eviction_policy", radix_eviction_policy, EVICTION)
         self.model, self.tokenizer, self.eos_token_ids = model, tokenizer, list(eos_token_ids)
-        self.runner = Runner(model, page_size, max_batch_size)
+        self.runner = Runner(model, page_size, max_batch_size, attention)
         largest = chunk_size if chunked_prefill else max_model_len or model.config.max_position
         fit = self._tokens_in_memory(largest) if max_total_tokens is None else max_total_tokens
         self.max_model_len = max_model_len or max(1, min(model.config.max_position, fit))

@@ -48,6 +48,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="torch.compile the step first: seconds now, speed after")
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=["auto", "reference", "sdpa", "triton"],
+        help="attention kernels (default: triton on a GPU, sdpa elsewhere)",
+    )
     cache = parser.add_argument_group("cache and scheduler")
     cache.add_argument("--max-total-tokens", type=int, default=None, help="tokens in the cache (default: what fits)")
     cache.add_argument("--page-size", type=int, default=16, help="tokens in a page, 1 to 128 (default: 16)")
@@ -137,6 +143,7 @@ def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine",
         chunked_prefill=not args.no_chunked_prefill,
         radix=not args.no_radix,
         overlap=not args.no_overlap,
+        attention=args.attention,
         trace=args.trace,
     )
     figures = Figures(engine)

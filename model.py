@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.dispatch import Layout, attend, lay_out, write
 from kernels.linear import can_pack, pack, packed_linear
-from kernels.reference import Layout, lay_out, paged_attention, write_kv
+from kernels.reference_write import rotate
+from kernels.variants import model_variant
 from rope import RopeSpec, inverse_frequencies
 
 KVCache = list[tuple[Tensor, Tensor]]  # a layer: keys, values, each [slots, K, D]
@@ -83,7 +85,7 @@ class StepContext:
     """What every layer of one step shares, computed once."""
 
     layout: Layout  # where the keys and values lie, and who sees what
-    cos_sin: list[tuple[Tensor, Tensor]]  # for each rope: cos, sin [T, 1, dim / 2] float32
+    cos_sin: list[tuple[Tensor, Tensor]]  # for each rope: cos, sin [T, dim / 2] float32
     query_scale: Tensor | None  # [T, 1, 1]
 
 
@@ -121,20 +123,11 @@ class Linear(nn.Module):
         return (packed_linear if self.packed else F.linear)(x, self.weight, self.bias)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first `2 * cos.shape[-1]` dims of x [T, heads, D] pair by pair, in float32; the rest pass through."""
-    dim = 2 * cos.shape[-1]
-    y, rest = x[..., :dim].float(), x[..., dim:]
-    a, b = (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    y = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-    return torch.cat((y.to(x.dtype), rest), -1) if rest.shape[-1] else y.to(x.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.config, self.window, self.rope = config, config.windows[layer], config.layer_rope[layer]
+        self.config, self.rope = config, config.layer_rope[layer]
+        self.variant = model_variant(config.attn_softcap, config.windows[layer])
         H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv = Linear(config.hidden_size, (H + 2 * K) * D, config.qkv_bias)
         self.out = Linear(H * D, config.hidden_size, config.out_bias)
@@ -150,19 +143,16 @@ class Attention(nn.Module):
         if c.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.reshape(x.shape[0], -1, c.head_dim) for t in (q, k, v))
-        norm_heads = c.qk_norm in ("head", "heads")
-        if norm_heads and not c.qk_norm_after_rope:
+        cos_sin = None if self.rope is None else step.cos_sin[self.rope]
+        if c.qk_norm in ("head", "heads"):
+            if c.qk_norm_after_rope and cos_sin is not None:
+                q, k = (rotate(t, *cos_sin, c.rope_interleaved) for t in (q, k))
+                cos_sin = None  # done
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope is not None:
-            cos, sin = step.cos_sin[self.rope]
-            q, k = rotate(q, cos, sin, c.rope_interleaved), rotate(k, cos, sin, c.rope_interleaved)
-        if norm_heads and c.qk_norm_after_rope:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q = write(layout, q, k, v, *kv, cos_sin, c.rope_interleaved)
         if step.query_scale is not None:
             q = q * step.query_scale
-        write_kv(*kv, layout.write_slots, k, v)
-        bias = layout.bias[self.window]
-        out = paged_attention(q, *kv, layout.read_slots, bias, layout.shapes, c.scale, c.attn_softcap)
+        out = attend(layout, q, *kv, c.scale, self.variant)
         return self.out(out.flatten(1))
 
 
@@ -211,6 +201,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.variants = [block.attn.variant for block in self.blocks]
         self.norm = Norm(config.hidden_size, config)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_factors: list[float] = []
@@ -245,22 +236,26 @@ class Transformer(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def step_context(self, layout: Layout) -> StepContext:
-        positions = layout.positions[:, None, None]
         cos_sin = []
         for i, factor in enumerate(self.rope_factors):
-            angles = positions.float() * getattr(self, f"inv_freq_{i}")
+            angles = layout.positions[:, None].float() * getattr(self, f"inv_freq_{i}")
             cos_sin.append((angles.cos() * factor, angles.sin() * factor))
         query_scale = None
         if self.config.query_temperature is not None:
             beta, length = self.config.query_temperature
-            query_scale = (1 + beta * torch.log(1 + (positions // length).float())).to(self.dtype)
+            query_scale = (1 + beta * torch.log(1 + (layout.positions // length).float())).to(self.dtype)[:, None, None]
         return StepContext(layout, cos_sin, query_scale)
 
-    def lay_out(self, starts: Sequence[int], lengths: Sequence[int], page_table: Tensor, page_size: int) -> Layout:
-        """starts, lengths [B] of each sequence's new tokens, page_table [B, N] -> the step's Layout for this model."""
+    def lay_out(
+        self, starts: Sequence[int], lengths: Sequence[int], page_table: Tensor, page_size: int, attention: str = "sdpa"
+    ) -> Layout:
+        """starts, lengths [B] of each sequence's new tokens, page_table [B, N] -> the step's Layout for this model.
+
+        `attention`: a backend of `kernels/dispatch.py`.
+        """
         c = self.config
-        windows = sorted({*c.windows}, key=str)
-        return lay_out(starts, lengths, page_table, page_size, windows, c.num_heads // c.num_kv_heads, self.dtype)
+        groups = c.num_heads // c.num_kv_heads
+        return lay_out(starts, lengths, page_table, page_size, attention, self.variants, groups, self.dtype)
 
     def pack(self) -> None:
         """Lay every linear weight out for this CPU (see `kernels/linear.py`). Does nothing on a GPU."""

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from cache.pages import kv_cache
 from device import Pending, from_host, open_stream
-from kernels.reference import Layout
-from kernels.sampling import PROMPT_BIT, SamplingTensors, logprobs, sample
+from kernels.dispatch import Layout, Pages, choose_backend, sample
+from kernels.sampling import PROMPT_BIT, SamplingTensors, apply_bitmask, logprobs, pack_bitmask
 from machine import cache_dir
 from model import KVCache, Transformer
 from scheduler.batch import Batch, Changes
@@ -61,16 +61,21 @@ def forward(model: Transformer, kv: KVCache, sampling: SamplingTensors, inputs: 
     return model.logits(model(ids, inputs.layout, kv)[inputs.layout.last])
 
 
-def choose(sampling: SamplingTensors, logits: Tensor, inputs: Inputs, greedy: bool) -> list[Tensor]:
+def choose(
+    sampling: SamplingTensors, logits: Tensor, inputs: Inputs, greedy: bool, bitmask: Tensor | None = None
+) -> list[Tensor]:
     """logits [B, V] -> a new token for each sequence [B], whether its logits are finite [B], and `logprobs` unless greedy.
 
-    `greedy` is a constant of the graph: true when no request needs more than an argmax over the bare logits.
+    `greedy` is a constant of the graph: true when no request needs more than an argmax over the bare logits. `bitmask`: as
+    for `apply_bitmask`.
     """
     finite = logits.amax(-1).isfinite()
     if greedy:
-        tokens, details = logits.argmax(-1), ()
+        tokens = (logits if bitmask is None else apply_bitmask(logits, bitmask)).argmax(-1)
+        details = ()
     else:
-        tokens = sample(logits, sampling.select(inputs.rows), inputs.layout.positions[inputs.layout.last] + 1)
+        positions = inputs.layout.positions[inputs.layout.last] + 1
+        tokens = sample(inputs.layout, logits, sampling, inputs.rows, positions, bitmask)
         ones = torch.ones_like(tokens, dtype=torch.int32)
         sampling.seen.index_put_((inputs.rows, tokens), ones, accumulate=True)
         details = logprobs(logits, tokens)
@@ -86,9 +91,10 @@ def step(model: Transformer, kv: KVCache, sampling: SamplingTensors, inputs: Inp
 class Runner:
     """Owns what lies on the device: weights, pages, sampling parameters. Knows nothing of who gets what, or why."""
 
-    def __init__(self, model: Transformer, page_size: int, max_batch_size: int):
+    def __init__(self, model: Transformer, page_size: int, max_batch_size: int, attention: str = "auto"):
         self.model, self.page_size, self.max_batch_size = model, page_size, max_batch_size
         self.device = model.norm.weight.device
+        self.attention = choose_backend(attention, self.device, model.config.head_dim)
         self.sampling = SamplingTensors.empty(max_batch_size + 1, model.config.vocab_size, self.device)
         self.stream = open_stream(self.device)
         self.step: Callable[..., list[Tensor]] = step
@@ -131,14 +137,9 @@ class Runner:
 
     def run_choose(self, batch: Batch, masks: list[Sequence[int] | None]) -> list[Tensor]:
         """On the stream: the rest of that step. masks [B]: the tokens that each may take; None = all."""
-        finite = self._logits.amax(-1).isfinite()
-        for i, allowed in enumerate(masks):
-            if allowed is not None:
-                banned = torch.full_like(self._logits[i], float("-inf"))
-                banned[from_host(allowed, self.device)] = 0
-                self._logits[i] += banned
-        tokens, _, *details = choose(self.sampling, self._logits, self._held, batch.greedy)
-        return [tokens, finite, *details]
+        padding = [None] * (len(self._logits) - len(masks))
+        bitmask = pack_bitmask(masks + padding, self._logits.shape[1]).to(self.device)
+        return choose(self.sampling, self._logits, self._held, batch.greedy, bitmask)
 
     def inputs(self, batch: Batch) -> Inputs:
         """A batch as tensors. One token has graphs of its own, else T and B are at least 2: padding on row 0 fills up."""
@@ -149,8 +150,14 @@ class Runner:
         if len(rows) == 1 and len(ids) > 1:
             starts, lengths, rows, sampled, ids = [*starts, 0], [*lengths, 1], [*rows, 0], [*sampled, 0], [*ids, 0]
         ids_on, rows_on, sampled_on = (from_host(x, self.device) for x in (ids, rows, sampled))
-        layout = self.model.lay_out(starts, lengths, self.page_table[rows_on], self.page_size)
-        return Inputs(ids_on, sampled_on, layout)
+        return Inputs(ids_on, sampled_on, self.lay_out(starts, lengths, rows_on))
+
+    def lay_out(self, starts: Sequence[int], lengths: Sequence[int], rows: Tensor) -> Layout:
+        """rows [B] of the page table -> the step's layout; of the table only the columns that the longest sequence needs."""
+        longest = max(map(sum, zip(starts, lengths, strict=True)))
+        columns = max(2, -(-longest // self.page_size))  # torch.compile would make a constant of a size of 1
+        table = self.page_table[:, :columns][rows]
+        return self.model.lay_out(starts, lengths, table, self.page_size, self.attention)
 
     # ---- what changes between steps
 
@@ -203,14 +210,17 @@ class Runner:
 
     def warm_up(self, greedy_variants: Iterable[bool] = (True, False)) -> Iterable[str]:
         """Run every graph once, on padding (row 0, page 0). Yields the name of each before it."""
+        steps = {"one token": [1], "many tokens": [1, 1, 5]}  # equal sizes would pass for one
+        if self.attention == "triton":
+            steps["decodes"] = [1, 1, 1]
         for greedy in greedy_variants:
-            for name, lengths in (("one token", [1]), ("many tokens", [1, 1, 5])):  # equal sizes would pass for one
+            for name, lengths in steps.items():
                 yield f"{name}, {'greedy' if greedy else 'sampled'}"
                 self.stream.submit(partial(self._run_padding, lengths, greedy)).result()
 
     def _run_padding(self, lengths: list[int], greedy: bool) -> list[Tensor]:
         rows = from_host([0] * len(lengths), self.device)
-        layout = self.model.lay_out([0] * len(lengths), lengths, self.page_table[rows], self.page_size)
+        layout = self.lay_out([0] * len(lengths), lengths, rows)
         inputs = Inputs(from_host([0] * sum(lengths), self.device), rows, layout)
         if self.compiled:
             self._mark_dynamic(inputs)
@@ -219,12 +229,15 @@ class Runner:
     @staticmethod
     def _mark_dynamic(inputs: Inputs) -> None:
         """Say which sizes will change, so that the compiler need not find out by compiling again."""
-        layout = inputs.layout
-        varying = [layout.read_slots, *layout.bias.values()]
+        layout, history = inputs.layout, inputs.layout.history
+        paged = isinstance(history, Pages)
+        varying = [history.page_table] if paged else [history.read_slots, *history.bias.values()]
         if len(inputs.ids) > 1:
-            varying += [inputs.ids, inputs.rows, layout.positions, layout.write_slots, layout.last, layout.shapes]
+            varying += [inputs.ids, inputs.rows, layout.positions, layout.write_slots, layout.last]
+            varying += [history.query_start, history.lengths] if paged else [history.shapes]
         for tensor in varying:
-            torch._dynamo.mark_dynamic(tensor, 0)
+            for dim in [d for d, size in enumerate(tensor.shape) if size > 1]:
+                torch._dynamo.mark_dynamic(tensor, dim)
 
 
 class LaunchedStep:

@@ -1,13 +1,13 @@
 """Attention over pages in plain PyTorch: what every kernel is compared with, and what runs where there is no kernel.
 
 A page holds S consecutive tokens of one sequence. Its tokens sit at slots `page * S ... page * S + S - 1`
-of two tensors a layer, keys and values [slots, K, D]. A page table [B, N] names the pages of each sequence in order, so
-entry j of its history is found at slot `page_table[b, j // S] * S + j % S` (PagedAttention, Kwon et al., 2023).
+of two tensors a layer, keys [slots, K, D] and values [slots, K, V]. A page table [B, N] names the pages of each sequence in
+order, so entry j of its history is found at slot `page_table[b, j // S] * S + j % S` (PagedAttention, Kwon et al., 2023).
 
-A step is ragged: T new tokens of B sequences, one sequence after the other. What all layers share of it is laid out once,
-outside of the compiled graph (`lay_out`): where the new tokens go, and the step cut into rectangles of sequences with equally many
-new tokens. All decodes together are one, each chunk of a prompt is one; each rectangle is one call of SDPA.
-Padding is a sequence whose page table names page 0, which nobody owns.
+A step is ragged: T new tokens of B sequences, one sequence after the other. PyTorch wants rectangles. So the step is cut
+into sequences with equally many new tokens: all decodes together are one rectangle, each chunk of a prompt is one. Of each
+the histories are gathered, and then there are two forms: `paged_sdpa` hands them to PyTorch's own attention, and
+`paged_reference` writes the softmax out, so that scores can be changed on the way (`kernels/variants.py`).
 
     python -m pytest tests/test_attention.py
 """
@@ -19,42 +19,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from device import from_host
+from kernels.variants import Mask, Variant, apply_in_torch
 
 
 @dataclass
-class Layout:
-    """How a step lies in memory, for all layers. Flat, so that its sizes are all that changes from step to step."""
+class Rectangles:
+    """A ragged step as rectangles. Flat, so that the lengths of these tensors are all that changes from step to step."""
 
-    positions: Tensor  # [T] of each new token in its sequence
-    write_slots: Tensor  # [T] where its key and value go
-    last: Tensor  # [B] index of each sequence's last new token
     shapes: Tensor  # [3 R] on the CPU: sequences, new tokens of each, history entries, of each rectangle
     read_slots: Tensor  # [sum of sequences * history] where each history lies
-    bias: dict[int | None, Tensor]  # for each window: [sum of sequences * G * new * history], 0 or -inf
+    bias: dict[Mask, Tensor]  # [sum of sequences * G * new * history], 0 or -inf; for the layers that take SDPA
 
 
-def lay_out(
+def cut(
     starts: Sequence[int],
     lengths: Sequence[int],
+    positions: Tensor,
     page_table: Tensor,
     page_size: int,
-    windows: Iterable[int | None],
+    masks: Iterable[Mask],
     groups: int,
     dtype: torch.dtype,
-) -> Layout:
-    """starts, lengths [B]: position of each sequence's first new token, and how many there are; page_table [B, N] -> Layout.
-
-    The table's columns must reach as far as the longest history. `groups`: query heads of one KV head.
+) -> Rectangles:
+    """starts, lengths [B]: position of each sequence's first new token, and how many there are; positions [T] of all of them;
+    page_table [B, N] -> Rectangles. `groups`: query heads of one KV head.
     """
-    device = page_table.device
-    start, length = from_host([starts, lengths], device)
-    end = length.cumsum(0)
-    sequence = torch.repeat_interleave(length, output_size=sum(lengths))
-    positions = torch.arange(sum(lengths), device=device) + (start - end + length)[sequence]
     shapes: list[int] = []
     reads: list[Tensor] = []
-    bias: dict[int | None, list[Tensor]] = {w: [] for w in windows}
+    bias: dict[Mask, list[Tensor]] = {mask: [] for mask in masks}
     token = 0
     for at, count in rectangles(lengths):
         new = positions[token : token + count * lengths[at]].view(count, -1)
@@ -63,17 +55,10 @@ def lay_out(
         slots = history_slots(page_table[at : at + count, :columns], new[:, -1], page_size)
         shapes += [count, lengths[at], slots.shape[1]]
         reads.append(slots.flatten())
-        for window, parts in bias.items():
-            parts.append(attention_bias(new, slots.shape[1], window, groups, dtype).flatten())
+        for mask, parts in bias.items():
+            parts.append(attention_bias(new, slots.shape[1], mask, groups, dtype).flatten())
         token += count * lengths[at]
-    return Layout(
-        positions,
-        page_table[sequence, positions // page_size] * page_size + positions % page_size,
-        end - 1,
-        torch.tensor(shapes),
-        torch.cat(reads),
-        {window: torch.cat(parts) for window, parts in bias.items()},
-    )
+    return Rectangles(torch.tensor(shapes), torch.cat(reads), {mask: torch.cat(parts) for mask, parts in bias.items()})
 
 
 def rectangles(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -97,95 +82,123 @@ def history_slots(page_table: Tensor, last: Tensor, page_size: int) -> Tensor:
     return page_table.gather(1, entry // page_size) * page_size + entry % page_size
 
 
-def attention_bias(positions: Tensor, history: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+def attention_bias(positions: Tensor, history: int, mask: Mask, groups: int, dtype: torch.dtype) -> Tensor:
     """positions [B, Q] -> [B, 1, G * Q, history]: 0 where a query sees entry j of its history, -inf elsewhere.
 
-    The query at position p sees j <= p, and with a sliding window of W only the last W of those, itself included. The same
-    for each of the `groups` G heads that share a KV head.
+    The same for each of the `groups` G heads that share a KV head.
     """
     query = positions.repeat(1, groups)[:, None, :, None]
     key = torch.arange(history, device=positions.device)
-    visible = key <= query
-    if window is not None:
-        visible &= key > query - window
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
+    zeros = torch.zeros(*query.shape[:3], history, dtype=dtype, device=positions.device)
+    return apply_in_torch(Variant(mask_mod=mask[0], mask_args=mask[1]), zeros, query, key, head=query.new_zeros(1))
 
 
-def write_kv(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """Put k, v [T, K, D] into keys, values [slots, K, D] at `slots` [T], in place."""
-    keys.index_put_((slots,), k.to(keys.dtype))
-    values.index_put_((slots,), v.to(values.dtype))
-
+# ---- the two forms
 
 _library = torch.library.Library("folio", "FRAGMENT")
 _library.define(
-    "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor read_slots, Tensor bias, Tensor shapes, float scale, "
-    "float? softcap=None) -> Tensor"
+    "paged_sdpa(Tensor q, Tensor keys, Tensor values, Tensor read_slots, Tensor shapes, float scale, Tensor bias) -> Tensor"
+)
+_library.define(
+    "paged_reference(Tensor q, Tensor keys, Tensor values, Tensor read_slots, Tensor shapes, float scale, Tensor positions, "
+    "str score_mod, float[] numbers, Tensor[] tensors, str mask_mod, int[] mask_args, Tensor? sinks) -> Tensor"
 )
 
 
-def _paged_attention(
+def _paged_sdpa(
+    q: Tensor, keys: Tensor, values: Tensor, read_slots: Tensor, shapes: Tensor, scale: float, bias: Tensor
+) -> Tensor:
+    """softmax(q k' * scale + bias) v over each sequence's pages: q [T, H, D] -> [T, H, V]. The rest as in `Rectangles`.
+
+    One op, opaque to the compiler, so that one graph serves every mix of decodes and chunks.
+    """
+    parts = []
+    cell = 0
+    for x, k, v, _ in histories(q, keys, values, read_slots, shapes):
+        rows, L = x.shape[2], k.shape[2]
+        mask = bias.narrow(0, cell, len(x) * rows * L).view(len(x), 1, rows, L)
+        parts.append(F.scaled_dot_product_attention(x, k, v, attn_mask=mask, scale=scale))
+        cell += mask.numel()
+    return joined(parts, q.shape[1], shapes)
+
+
+def _paged_reference(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
     read_slots: Tensor,
-    bias: Tensor,
     shapes: Tensor,
     scale: float,
-    softcap: float | None = None,
+    positions: Tensor,
+    score_mod: str,
+    numbers: list[float],
+    tensors: list[Tensor],
+    mask_mod: str,
+    mask_args: list[int],
+    sinks: Tensor | None,
 ) -> Tensor:
-    """softmax(softcap(q k' * scale) + bias) v over each sequence's pages: q [T, H, D] -> [T, H, D].
+    """The same with the softmax written out, and any variant: positions [T] of the queries, then `Variant.flat`.
 
-    keys, values [slots, K, D]; the rest as in `Layout`. One op, opaque to the compiler, so that one graph serves every mix of
-    decodes and chunks.
+    A query that sees nothing, and has no sink, gets zeros.
     """
-    H, D = q.shape[1:]
-    groups = H // keys.shape[1]
+    variant = Variant(score_mod, (*numbers, *tensors), mask_mod, tuple(mask_args))
+    H = q.shape[1]
+    head = torch.arange(H, device=q.device)[:, None, None]
     parts = []
-    token = entry = cell = 0
-    for count, new, history in shapes.view(-1, 3).tolist():
-        tokens, entries, cells = count * new, count * history, count * groups * new * history
-        part = rectangle_attention(
-            q.narrow(0, token, tokens).view(count, new, H, D),
-            keys,
-            values,
-            read_slots.narrow(0, entry, entries).view(count, history),
-            bias.narrow(0, cell, cells).view(count, 1, groups * new, history),
-            scale,
-            softcap,
-        )
-        parts.append(part.reshape(tokens, H, D))
-        token, entry, cell = token + tokens, entry + entries, cell + cells
-    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    for x, k, v, tokens in histories(q, keys, values, read_slots, shapes):
+        B, K, L, _ = k.shape
+        scores = (x @ k.transpose(-1, -2)).view(B, H, -1, L)
+        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+        query = positions[tokens].view(B, 1, -1, 1)
+        scores = apply_in_torch(variant, scores, query, torch.arange(L, device=q.device), head)
+        top = scores.amax(-1, keepdim=True).clamp(min=-1e30)  # not -inf: -inf - -inf is NaN
+        if sinks is not None:
+            top = top.maximum(sinks[:, None, None])
+        weights = (scores - top).exp()
+        total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total = total + (sinks[:, None, None] - top).exp()
+        weights = weights / torch.where(total == 0, 1, total)
+        parts.append(weights.to(v.dtype).view(B, K, -1, L) @ v)
+    return joined(parts, H, shapes)
 
 
-_library.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("folio::paged_attention", lib=_library)
-def _(q: Tensor, *_: object, **__: object) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-paged_attention = torch.ops.folio.paged_attention
-
-
-def rectangle_attention(
-    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, bias: Tensor, scale: float, softcap: float | None
-) -> Tensor:
-    """B sequences of Q new tokens each: q [B, Q, H, D], slots [B, L], bias [B, 1, G * Q, L] -> [B, Q, H, D].
+def histories(
+    q: Tensor, keys: Tensor, values: Tensor, read_slots: Tensor, shapes: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, slice]]:
+    """Of each rectangle of B sequences: queries [B, K, G * Q, D], keys [B, K, L, D], values [B, K, L, V], its tokens.
 
     The G = H / K query heads that share a KV head become rows of one product, so each key is read once.
     """
-    B, Q, H, D = q.shape
+    H, D = q.shape[1:]
     K = keys.shape[1]
-    G = H // K
-    k = keys[slots].transpose(1, 2)  # [B, K, L, D]
-    v = values[slots].transpose(1, 2)
-    q = q.view(B, Q, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * Q, D)
-    if softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    else:
-        scores = torch.tanh((q @ k.transpose(-1, -2)) * (scale / softcap)) * softcap + bias
-        out = scores.float().softmax(-1).to(v.dtype) @ v
-    return out.view(B, K, G, Q, D).permute(0, 3, 1, 2, 4).reshape(B, Q, H, D)
+    token = entry = 0
+    for B, Q, L in shapes.view(-1, 3).tolist():
+        slots = read_slots.narrow(0, entry, B * L).view(B, L)
+        tokens = slice(token, token + B * Q)
+        x = q[tokens].view(B, Q, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+        yield x, keys[slots].transpose(1, 2), values[slots].transpose(1, 2), tokens
+        token, entry = token + B * Q, entry + B * L
+
+
+def joined(parts: list[Tensor], heads: int, shapes: Tensor) -> Tensor:
+    """The rectangles' outputs [B, K, G * Q, V] -> [T, H, V]."""
+    flat = []
+    for part, (B, Q, _) in zip(parts, shapes.view(-1, 3).tolist(), strict=True):
+        V = part.shape[-1]
+        flat.append(part.view(B, heads, Q, V).transpose(1, 2).reshape(B * Q, heads, V))
+    return torch.cat(flat) if len(flat) > 1 else flat[0].contiguous()
+
+
+_library.impl("paged_sdpa", _paged_sdpa, "CompositeExplicitAutograd")
+_library.impl("paged_reference", _paged_reference, "CompositeExplicitAutograd")
+
+
+def _shape_of_output(q: Tensor, keys: Tensor, values: Tensor, *_: object) -> Tensor:
+    return q.new_empty(*q.shape[:2], values.shape[2])
+
+
+torch.library.register_fake("folio::paged_sdpa", _shape_of_output, lib=_library)
+torch.library.register_fake("folio::paged_reference", _shape_of_output, lib=_library)
+
+paged_sdpa, paged_reference = torch.ops.folio.paged_sdpa, torch.ops.folio.paged_reference

@@ -31,8 +31,11 @@ class Batch:
 
     @property
     def greedy(self) -> bool:
-        """Is an argmax over the bare logits all that is asked for?"""
-        return all(r.params.greedy for r, samples in zip(self.requests, self.samples, strict=True) if samples)
+        """Is an argmax over the bare logits all that its requests ask for, those included whose turn to sample is to come?
+
+        So requests of one kind meet graphs of one kind, whatever is chunked.
+        """
+        return all(r.params.greedy for r in self.requests)
 
     @property
     def masked(self) -> bool:

@@ -3,14 +3,19 @@
 pytest tests/test_attention.py
 """
 
+import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference import Layout, attention_bias, history_slots, lay_out, paged_attention, write_kv
+from errors import UserError
+from kernels.dispatch import Layout, attend, choose_backend, lay_out
+from kernels.reference import attention_bias, history_slots
+from kernels.reference_write import write_kv
+from kernels.variants import CAUSAL, MASK_MODS, SCORE_MODS, MaskMod, Variant, jit, model_variant, tl
 
 POISON = 1e4  # in every slot that no token was written to: one that is read by mistake drowns the rest
 
@@ -43,10 +48,17 @@ def make(seed: int, lengths: list[int], page_size: int, heads: int, kv_heads: in
     return Case(page_size, heads, kv_heads, dim, lengths, table, history, keys, values)
 
 
-def layout_of(case: Case, new: list[int], window: int | None = None, dtype: torch.dtype = torch.float32) -> Layout:
+def layout_of(
+    case: Case,
+    new: list[int],
+    variant: Variant = CAUSAL,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "sdpa",
+) -> Layout:
     """A step with the last `new[b]` tokens of each sequence."""
     starts = [length - n for length, n in zip(case.lengths, new, strict=True)]
-    return lay_out(starts, new, case.table, case.page_size, [window, 3], case.heads // case.kv_heads, dtype)
+    variants = [variant, model_variant(None, 3)]
+    return lay_out(starts, new, case.table, case.page_size, backend, variants, case.heads // case.kv_heads, dtype)
 
 
 def tokens_of(case: Case, new: list[int]) -> list[tuple[int, int]]:
@@ -59,29 +71,46 @@ def write(case: Case, new: list[int]) -> None:
     write_kv(case.keys, case.values, layout_of(case, new).write_slots, k, v)
 
 
-def naive(case: Case, q: Tensor, b: int, head: int, position: int, window, scale, softcap) -> Tensor:
+def naive(case: Case, q: Tensor, b: int, head: int, position: int, scale, window, softcap, slopes, sinks) -> Tensor:
     """One query, one head, in float64: q [D] -> [D]."""
     first = 0 if window is None else max(0, position - window + 1)
     k, v = (t[first : position + 1, head // (case.heads // case.kv_heads)].double() for t in case.history[b])
     scores = [float(q.double() @ row) * scale for row in k]
     if softcap is not None:
         scores = [math.tanh(s / softcap) * softcap for s in scores]
+    if slopes is not None:
+        scores = [s - float(slopes[head]) * (position - j) for j, s in enumerate(scores, first)]
     weights = torch.tensor(scores, dtype=torch.float64).exp()
-    return (weights[:, None] * v).sum(0) / weights.sum()
+    total = weights.sum() + (0 if sinks is None else float(sinks[head].exp()))
+    return (weights[:, None] * v).sum(0) / total
 
 
-def assert_matches(case: Case, new: list[int], window=None, scale=0.3, softcap=None, dtype=torch.float32, tol=1e-5):
-    layout = layout_of(case, new, window, dtype)
+def assert_matches(
+    case: Case,
+    new: list[int],
+    window=None,
+    scale=0.3,
+    softcap=None,
+    slopes=None,
+    sinks=None,
+    dtype=torch.float32,
+    tol=1e-5,
+    backends=("sdpa", "reference"),
+):
+    variant = model_variant(softcap, window, sinks)
+    if slopes is not None:
+        variant = replace(variant, score_mod="alibi", score_args=(slopes,))
     q = torch.randn(sum(new), case.heads, case.dim)
     keys, values = case.keys.to(dtype), case.values.to(dtype)
-    bias = layout.bias[window]
-    out = paged_attention(q.to(dtype), keys, values, layout.read_slots, bias, layout.shapes, scale, softcap)
-    assert out.shape == q.shape and out.dtype == dtype
-    assert layout.positions.tolist() == [p for _, p in tokens_of(case, new)]
-    for i, (b, p) in enumerate(tokens_of(case, new)):
-        for h in range(case.heads):
-            expected = naive(case, q[i, h], b, h, p, window, scale, softcap)
-            torch.testing.assert_close(out[i, h].double(), expected, rtol=tol, atol=tol)
+    for backend in backends:
+        layout = layout_of(case, new, variant, dtype, backend)
+        out = attend(layout, q.to(dtype), keys, values, scale, variant)
+        assert out.shape == q.shape and out.dtype == dtype
+        assert layout.positions.tolist() == [p for _, p in tokens_of(case, new)]
+        for i, (b, p) in enumerate(tokens_of(case, new)):
+            for h in range(case.heads):
+                expected = naive(case, q[i, h], b, h, p, scale, window, softcap, slopes, sinks)
+                torch.testing.assert_close(out[i, h].double(), expected, rtol=tol, atol=tol)
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
@@ -101,6 +130,77 @@ def test_window_and_softcap(page_size: int, window: int | None, softcap: float |
     write(case, case.lengths)
     assert_matches(case, [1, 1], window, softcap=softcap)
     assert_matches(case, [3, 6], window, softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_alibi_and_sinks(window: int | None):
+    case = make(7, [5, 30], 4, heads=4, kv_heads=2)
+    write(case, case.lengths)
+    slopes, sinks = torch.rand(4), torch.randn(4)
+    for new in ([1, 1], [3, 6]):
+        assert_matches(case, new, window, slopes=slopes)
+        assert_matches(case, new, window, sinks=sinks)
+        assert_matches(case, new, window, slopes=slopes, sinks=sinks)
+
+
+@jit
+def clip(score, query, key, head, args):
+    return tl.minimum(tl.maximum(score, -args[0]), args[0])
+
+
+@jit
+def same_document(query, key, args):
+    return query // args[0] == key // args[0]
+
+
+def test_a_variant_of_the_users_own(monkeypatch: pytest.MonkeyPatch):
+    """The example that `kernels/variants.py` opens with: its mask through SDPA, the whole through the reference."""
+    monkeypatch.setitem(SCORE_MODS, "clip", clip)
+    monkeypatch.setitem(MASK_MODS, "document", MaskMod(same_document))
+    case = make(8, [30], 4, heads=2, kv_heads=1)
+    write(case, case.lengths)
+    q = torch.randn(20, 2, case.dim)
+    keys, values = (t[:, 0].double() for t in case.history[0])
+    query, key = torch.arange(10, 30)[:, None], torch.arange(30)
+    both, only_mask = Variant("clip", (0.5,), "document", (12,)), Variant("", (), "document", (12,))
+    for bound, variant in ((0.5, both), (1e9, only_mask)):
+        scores = (torch.einsum("qhd,kd->hqk", q.double(), keys) * 0.3).clamp(-bound, bound)
+        scores = scores.masked_fill((key > query) | (key // 12 != query // 12), float("-inf"))
+        expected = torch.einsum("hqk,kd->qhd", scores.softmax(-1), values)
+        for backend in ("sdpa", "reference"):
+            out = attend(layout_of(case, [20], variant, backend=backend), q, case.keys, case.values, 0.3, variant)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_nan_shows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(MASK_MODS, "nothing", MaskMod(lambda query, key, args: key < args[0]))
+    case = make(9, [6], 4, heads=2, kv_heads=1)
+    write(case, case.lengths)
+    q, nothing = torch.randn(2, 2, case.dim), Variant(mask_mod="nothing", mask_args=(0,))
+    assert not attend(layout_of(case, [2], nothing, backend="reference"), q, case.keys, case.values, 1.0, nothing).any()
+    q[1, 0, 0] = float("nan")
+    out = attend(layout_of(case, [2], backend="reference"), q, case.keys, case.values, 1.0, CAUSAL)
+    assert out[1, 0].isnan().all() and out[0].isfinite().all() and out[1, 1].isfinite().all()
+
+
+def test_which_backend():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend("auto", cpu, 64) == "sdpa"
+    assert choose_backend("reference", cuda, 64) == "reference"
+    with pytest.raises(UserError, match="one of auto, reference, sdpa, triton, not 'flash'"):
+        choose_backend("flash", cpu, 64)
+    with pytest.raises(UserError, match="needs a GPU, not cpu|not installed"):
+        choose_backend("triton", cpu, 64)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_which_backend_on_a_gpu():
+    cuda = torch.device("cuda")
+    assert choose_backend("auto", cuda, 256) == choose_backend("triton", cuda, 80) == "triton"
+    for head_dim in (20, 264):
+        with pytest.raises(UserError, match=f"multiples of 8, up to 256, not {head_dim}: use 'sdpa'"):
+            choose_backend("auto", cuda, head_dim)
+        assert choose_backend("sdpa", cuda, head_dim) == "sdpa"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -161,7 +261,7 @@ def test_padding_reads_and_writes_only_page_0():
 def test_runs_of_single_tokens_are_one_rectangle():
     case = make(0, [5, 9, 2, 30, 8], 4, 2, 2)
     layout = layout_of(case, [1, 1, 1, 7, 1])
-    assert layout.shapes.view(-1, 3).tolist() == [[3, 1, 12], [1, 7, 32], [1, 1, 8]]
+    assert layout.history.shapes.view(-1, 3).tolist() == [[3, 1, 12], [1, 7, 32], [1, 1, 8]]
     assert layout.last.tolist() == [0, 1, 2, 9, 10]
 
 
@@ -189,7 +289,7 @@ def test_nan_behind_the_last_token_is_not_read():
 def test_attention_bias(groups: int, dtype: torch.dtype):
     positions = torch.tensor([[3, 0, 0]])
     for window, seen in {None: [[0, 1, 2, 3], [0], [0]], 2: [[2, 3], [0], [0]], 1: [[3], [0], [0]]}.items():
-        bias = attention_bias(positions, 6, window, groups, dtype)
+        bias = attention_bias(positions, 6, model_variant(None, window).mask, groups, dtype)
         assert bias.shape == (1, 1, groups * 3, 6) and bias.dtype == dtype
         expected = torch.full((3, 6), float("-inf"), dtype=dtype)
         for row, columns in zip(expected, seen, strict=True):

@@ -13,20 +13,23 @@ from runner import compiled_graphs
 VOCAB = 96
 
 
-def make_engine(device: str = "cpu", **options) -> Engine:
+SMALL = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=48,
+    max_position=256,
+    ropes=[RopeSpec(theta=1000.0, dim=16, max_position=256)],
+)
+
+
+def make_engine(device: str = "cpu", knobs: dict | None = None, **options) -> Engine:
+    """`knobs`: what else the ModelConfig says."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=48,
-        max_position=256,
-        ropes=[RopeSpec(theta=1000.0, dim=16, max_position=256)],
-    )
-    model = Transformer(config)
+    model = Transformer(ModelConfig(**SMALL | (knobs or {})))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     model = model.to(device)

@@ -1,0 +1,148 @@
+"""The one door to the kernels: which of them a step takes, and how the step is laid out for them.
+
+A step is T new tokens of B sequences, decodes and chunks of prompts in any mixture. What all layers share of it is laid out
+once, outside of the compiled graph: where the new tokens go, and how the kernels find each history. There are three backends:
+
+    triton       the kernels of `decode.py`, `prefill.py`, `kv_write.py`, `sampler.py`: what a GPU takes
+    sdpa         histories gathered, then PyTorch's own attention: what a CPU takes. A layer that changes scores (soft
+                 cap, ALiBi, sinks), which SDPA cannot do, takes `reference`
+    reference    the softmax written out
+
+A layer calls `write` and `attend`, the step ends with `sample`, and neither knows which it is. Padding is a sequence whose page
+table names page 0, which nobody owns.
+
+    python -m pytest tests/test_attention.py
+"""
+
+import importlib.util
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from device import from_host
+from errors import UserError
+from kernels import reference_write, sampling
+from kernels.reference import Rectangles, cut, paged_reference, paged_sdpa
+from kernels.sampling import SamplingTensors
+from kernels.variants import Variant
+
+if importlib.util.find_spec("triton"):
+    from kernels import kv_write, sampler
+    from kernels.decode import paged_decode
+    from kernels.paged import INTERPRETED, MAX_HEAD_DIM
+    from kernels.prefill import paged_prefill
+
+BACKENDS = ("auto", "reference", "sdpa", "triton")
+
+
+def choose_backend(name: str, device: torch.device, head_dim: int) -> str:
+    """-> reference, sdpa or triton. "auto" is triton on a GPU and sdpa elsewhere. UserError for what cannot run there."""
+    if name not in BACKENDS:
+        raise UserError(f"attention must be one of {', '.join(BACKENDS)}, not {name!r}")
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "sdpa"
+    if name == "triton":
+        if not importlib.util.find_spec("triton"):
+            raise UserError("attention 'triton': Triton is not installed (pip install triton; it exists for Linux)")
+        if device.type != "cuda" and not INTERPRETED:
+            raise UserError(f"attention 'triton' needs a GPU, not {device} (TRITON_INTERPRET=1 simulates one, slowly)")
+        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+            limit = f"head dims that are multiples of 8, up to {MAX_HEAD_DIM}"
+            raise UserError(f"attention 'triton' takes {limit}, not {head_dim}: use 'sdpa' (--attention sdpa)")
+    return name
+
+
+@dataclass
+class Pages:
+    """Histories as the Triton kernels find them."""
+
+    page_table: Tensor  # [B, N]
+    page_size: int
+    query_start: Tensor  # [B + 1] sequence b has the new tokens query_start[b] ... query_start[b + 1] - 1
+    lengths: Tensor  # [B] of each sequence, its new tokens included
+    decode: bool  # does each sequence have one new token?
+
+
+@dataclass
+class Layout:
+    """How a step lies in memory, for all layers."""
+
+    positions: Tensor  # [T] of each new token in its sequence
+    write_slots: Tensor  # [T] where its key and value go
+    last: Tensor  # [B] index of each sequence's last new token
+    history: Pages | Rectangles
+
+
+def lay_out(
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    page_table: Tensor,
+    page_size: int,
+    backend: str,
+    variants: Collection[Variant],
+    groups: int,
+    dtype: torch.dtype,
+) -> Layout:
+    """starts, lengths [B]: position of each sequence's first new token, and how many there are; page_table [B, N] -> Layout.
+
+    The table's columns must reach as far as the longest history. `variants`: of the layers. `groups`: query heads of one KV
+    head.
+    """
+    device = page_table.device
+    start, length = from_host([starts, lengths], device)
+    end = length.cumsum(0)
+    sequence = torch.repeat_interleave(length, output_size=sum(lengths))
+    positions = torch.arange(sum(lengths), device=device) + (start - end + length)[sequence]
+    if backend == "triton":
+        query_start = torch.nn.functional.pad(end, (1, 0))
+        history = Pages(page_table, page_size, query_start, start + length, max(lengths) == 1)
+    else:
+        masks = dict.fromkeys(v.mask for v in variants if backend == "sdpa" and v.only_masks)
+        history = cut(starts, lengths, positions, page_table, page_size, masks, groups, dtype)
+    write_slots = page_table[sequence, positions // page_size] * page_size + positions % page_size
+    return Layout(positions, write_slots, end - 1, history)
+
+
+def write(
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    interleaved: bool,
+) -> Tensor:
+    """Put k [T, K, D], rotated, and v [T, K, V] into the pages -> q [T, H, D], rotated. cos_sin None: nothing is rotated."""
+    kernels = kv_write if isinstance(layout.history, Pages) else reference_write
+    if cos_sin is None:
+        kernels.write_kv(keys, values, layout.write_slots, k, v)
+        return q
+    return kernels.rope_and_write(q, k, v, keys, values, *cos_sin, layout.write_slots, interleaved)
+
+
+def attend(layout: Layout, q: Tensor, keys: Tensor, values: Tensor, scale: float, variant: Variant) -> Tensor:
+    """Each new token attends to its sequence's pages, up to and with itself: q [T, H, D] -> [T, H, V]."""
+    h = layout.history
+    if isinstance(h, Pages):
+        if h.decode:
+            return paged_decode(q, keys, values, h.page_table, h.lengths, h.page_size, scale, variant)
+        return paged_prefill(q, keys, values, h.page_table, h.query_start, h.lengths, h.page_size, scale, variant)
+    if (bias := h.bias.get(variant.mask)) is not None and variant.only_masks:
+        return paged_sdpa(q, keys, values, h.read_slots, h.shapes, scale, bias)
+    return paged_reference(q, keys, values, h.read_slots, h.shapes, scale, layout.positions, *variant.flat)
+
+
+def sample(
+    layout: Layout,
+    logits: Tensor,
+    state: SamplingTensors,
+    rows: Tensor,
+    positions: Tensor,
+    bitmask: Tensor | None = None,
+) -> Tensor:
+    """logits [B, V] float32 -> token ids [B], by the parameters of `rows` [B] of `state`; see `kernels/sampling.py`."""
+    kernels = sampler if isinstance(layout.history, Pages) else sampling
+    return kernels.sample(logits, state, rows, positions, bitmask)

@@ -1,0 +1,52 @@
+"""The whole engine on the Triton kernels: the same tokens as on the plain reference.
+
+TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_triton_engine.py
+"""
+
+import pytest
+import torch
+from test_runner import make_engine, workload
+
+from engine import Engine, SamplingParams
+from rope import RopeSpec
+from runner import compiled_graphs
+
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+MODELS = {
+    "llama": {},
+    "window, softcap, norm": dict(num_layers=2, windows=[7, None], attn_softcap=3.0, qk_norm="head"),
+    "no rope, norm after": dict(num_layers=2, layer_rope=[None, 0], qk_norm="head", qk_norm_after_rope=True),
+    "interleaved, partial": dict(rope_interleaved=True, ropes=[RopeSpec(theta=1000.0, dim=8, max_position=256)]),
+}
+
+
+def run(engine: Engine, temperatures: tuple[int, ...] = (0, 1, 0, 1, 0, 0)) -> list[list[int]]:
+    """Prompts that share a prefix, longer ones in chunks, greedy and seeded, more than there are rows."""
+    prompts, _ = workload(3)
+    prompts = [prompts[0][:9] + p[:30] for p in prompts[: len(temperatures)]]
+    params = [SamplingParams(temperature=t, seed=5, max_new_tokens=6) for t in temperatures]
+    outs = engine.generate(prompts, params)
+    engine.check()
+    return [out.outputs[0].token_ids for out in outs]
+
+
+@pytest.mark.parametrize("knobs", MODELS.values(), ids=MODELS)
+def test_same_tokens_as_the_reference(knobs):
+    expected = run(make_engine(DEVICE, knobs, attention="reference"))
+    engine = make_engine(DEVICE, knobs, attention="triton", page_size=4)
+    assert engine.runner.attention == "triton"
+    assert run(engine) == expected
+    assert run(engine) == expected  # from the cache
+
+
+def test_compiled_as_one_graph_and_only_once():
+    sampled = (1,) * 6
+    expected = run(make_engine(DEVICE, attention="reference"), sampled)
+    engine = make_engine(DEVICE, attention="triton")
+    before = compiled_graphs()
+    shapes = list(engine.compile(greedy=False))
+    assert compiled_graphs() - before == len(shapes) == 3
+    assert run(engine, sampled) == expected
+    assert compiled_graphs() - before == len(shapes)
