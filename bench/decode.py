@@ -23,205 +23,32 @@ of the linear layers / time, as a share of the matmul rate. First the ceilings, 
 """
 
 import argparse
-import json
 import re
-import shutil
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from bench import ceilings
+from bench.checkpoints import SHAPES, make_checkpoint
 from bench.common import alternate, emit, machine_facts, progress, seconds, significant, summarize, table, use_threads
+from bench.peer_engines import Generator, Row, Tokens
+from bench.peer_engines.folio import Folio
+from bench.peer_engines.hf import Generate, load_peer
 from checkpoint import Checkpoint, load
-from engine import Engine, SamplingParams
-from machine import release_openmp_team
 from model import Transformer
 from runner import compiled_graphs
 
-_ENDLESS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype="float32")
-# config.json of each. initializer_range is about 1.2 / sqrt(hidden_size): with the usual 0.02 a random model with a tied
-# head repeats its last token for ever, and comparing that says little.
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": dict(
-        model_type="llama",
-        hidden_size=576,
-        initializer_range=0.05,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        intermediate_size=1536,
-        vocab_size=49152,
-        max_position_embeddings=8192,
-        rope_theta=100000.0,
-        tie_word_embeddings=True,
-        **_ENDLESS,
-    ),
-    "qwen2.5-0.5b": dict(
-        model_type="qwen2",
-        hidden_size=896,
-        initializer_range=0.04,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        intermediate_size=4864,
-        vocab_size=151936,
-        max_position_embeddings=32768,
-        rope_theta=1000000.0,
-        tie_word_embeddings=True,
-        **_ENDLESS,
-    ),
-    "tiny": dict(
-        model_type="llama",
-        hidden_size=64,
-        initializer_range=0.25,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        vocab_size=512,
-        max_position_embeddings=2048,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        **_ENDLESS,
-    ),
-}
 ENGINES = ("folio", "folio-compiled", "hf", "hf-compiled", "hf-frozen")
 COMPARE = 32  # greedy tokens of each prompt that are compared before timing
-PAGE = 16
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is measured: `new` tokens decoded after the first one, for each prompt; 0 = only the prefill."""
-
-    name: str
-    batch: int
-    prompt: int
-    new: int
-
-    @property
-    def longest(self) -> int:
-        return self.prompt + self.new + 1
-
-
-Tokens = list[list[int]]
-
-
-class Generator(Protocol):
-    def generate(self, prompts: Tokens, new: int, row: Row) -> Tokens:
-        """`new` greedy tokens after each prompt; caches have the size that `row` needs."""
-
-
-class Folio:
-    def __init__(self, model: Transformer, rows: list[Row], compiled: bool):
-        self.engine = Engine(
-            model,
-            max_batch_size=max(row.batch for row in rows),
-            max_model_len=max(row.longest for row in rows),
-            max_total_tokens=max(row.batch * -(-row.longest // PAGE) * PAGE for row in rows),
-            page_size=PAGE,
-            radix=False,  # the same prompts come again and again
-        )
-        for shape in self.engine.compile(greedy=True) if compiled else ():
-            progress(f"  folio-compiled: {shape}")
-
-    def generate(self, prompts: Tokens, new: int, row: Row) -> Tokens:
-        params = SamplingParams(temperature=0, max_new_tokens=new, ignore_eos=True)
-        outputs = self.engine.generate(prompts, params)
-        self.engine.runner.stream.submit(_let_go).result()
-        return [output.outputs[0].token_ids for output in outputs]
-
-
-def _let_go() -> list[torch.Tensor]:
-    """On the engine's device thread: its OpenMP threads would slow the next engine's down."""
-    release_openmp_team()
-    return []
-
-
-class Peer:
-    """transformers. The eager and the compiled one can share a model; a frozen one keeps its own compiled call."""
-
-    def __init__(self, model: Any, static: bool, frozen: bool):
-        from transformers import CompileConfig
-
-        self.model, self.static, self.frozen = model, static, frozen
-        # Its own default, "reduce-overhead", is CUDA graphs. With dynamic=False no size of the first row outlives it. That
-        # the frozen one has options of its own also keeps Dynamo from handing it the graph of the other.
-        mode = dict(mode=None, options={"freezing": True}) if frozen else dict(mode="default")
-        self.compile_config = CompileConfig(dynamic=False, **mode)
-        self.compile_config._compile_all_devices = True  # else generate() leaves a CPU eager, without a word
-        self.caches: dict[Row, Any] = {}
-
-    def generate(self, prompts: Tokens, new: int, row: Row) -> Tokens:
-        from torch._inductor import config as inductor
-
-        ids = torch.tensor(prompts)
-        options = self._static_options(row) if self.static else {}
-        with inductor.patch(freezing=True) if self.frozen else nullcontext():
-            output = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **options
-            )
-        return output[:, ids.shape[1] :].tolist()
-
-    def _static_options(self, row: Row) -> dict[str, Any]:
-        """A cache for each row, used again and again.
-
-        `cache_implementation="static"` would make all caches as long as the longest so far, and a new one each time,
-        which a frozen graph does not notice: it holds on to the memory of the first.
-        """
-        from transformers import StaticCache
-
-        if row not in self.caches:
-            self.caches[row] = StaticCache(self.model.config, max_cache_len=row.longest)
-        self.caches[row].reset()
-        return dict(past_key_values=self.caches[row], compile_config=self.compile_config)
 
 
 # ---- set up
 
 
-def make_checkpoint(shape: str) -> Path:
-    """The folder of the random model, made if it is not there. Its name depends on the settings."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = SHAPES[shape]
-    tag = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
-    folder = Path(tempfile.gettempdir()) / "folio-bench" / f"{shape}-{tag:08x}"
-    if (folder / "config.json").exists():
-        return folder
-    progress(f"{shape}: making a checkpoint in {folder}")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # zero so far, which would hide a bias that is not added
-            parameter.data.normal_(0, 0.5)
-    folder.parent.mkdir(exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
-    model.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-    return folder
-
-
-def load_peer(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None  # exact number of tokens
-    return model
-
-
 def build(folder: Path, names: list[str], rows: list[Row], folio_model: Transformer) -> dict[str, Generator]:
     """The engines asked for. Those of one side share their weights, but for the frozen one."""
-    torch._dynamo.config.recompile_limit = 64  # one graph for each row of each engine
     engines: dict[str, Generator] = {}
     shared = load_peer(folder) if {"hf", "hf-compiled"} & set(names) else None
     for name in names:
@@ -229,7 +56,7 @@ def build(folder: Path, names: list[str], rows: list[Row], folio_model: Transfor
             engines[name] = Folio(folio_model, rows, compiled=name == "folio-compiled")
         else:
             model = load_peer(folder) if name == "hf-frozen" else shared
-            engines[name] = Peer(model, static=name != "hf", frozen=name == "hf-frozen")
+            engines[name] = Generate(model, static=name != "hf", frozen=name == "hf-frozen")
     return engines
 
 
@@ -271,10 +98,10 @@ def warm_up(engines: dict[str, Generator], row: Row, prompts: Tokens) -> dict[st
     reference = tokens["hf"] if "hf" in tokens else next(iter(tokens.values()))
     flat = [token for sequence in reference for token in sequence]
     progress(f"  {row.name}: {len(set(flat))} different tokens among {len(flat)}")
-    return {name: f"{_agreeing(t, reference)}/{len(flat)}" for name, t in tokens.items()}
+    return {name: f"{agreeing(t, reference)}/{len(flat)}" for name, t in tokens.items()}
 
 
-def _agreeing(tokens: Tokens, reference: Tokens) -> int:
+def agreeing(tokens: Tokens, reference: Tokens) -> int:
     """Tokens before the first difference, over all prompts: after it, two texts have nothing to do with each other."""
     total = 0
     for ours, theirs in zip(tokens, reference, strict=True):
