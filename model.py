@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.dispatch import Layout, attend, lay_out, write
-from kernels.linear import can_pack, pack, packed_linear
+from kernels.linear import can_pack, pack, packed_linear, plain_linear, unpack
 from kernels.reference_write import rotate
 from kernels.variants import model_variant
 from rope import RopeSpec, inverse_frequencies
@@ -106,7 +106,7 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W' + b. `pack()` re-lays the weight for the CPU, once, after loading."""
+    """y = x W' + b. `pack()` re-lays the weight for the CPU, after loading; `unpack()` makes it plain again."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool):
         super().__init__()
@@ -119,8 +119,13 @@ class Linear(nn.Module):
             self.weight = nn.Parameter(pack(self.weight.data), requires_grad=False)
             self.packed = True
 
+    def unpack(self) -> None:
+        if self.packed:
+            self.weight = nn.Parameter(unpack(self.weight.data), requires_grad=False)
+            self.packed = False
+
     def forward(self, x: Tensor) -> Tensor:
-        return (packed_linear if self.packed else F.linear)(x, self.weight, self.bias)
+        return (packed_linear if self.packed else plain_linear)(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -262,6 +267,12 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+
+    def unpack(self) -> None:
+        """Lay every linear weight out plainly, for a compiled step of one row (see `kernels/linear.py`)."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.unpack()
 
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that one decode step has to read: all but the embedding table, of which it reads a row."""

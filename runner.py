@@ -205,6 +205,8 @@ class Runner:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_code_dir())
         torch._dynamo.config.recompile_limit = 64  # more than the shapes of several engines in one process
         options = {"size_asserts": False}  # inductor would check every buffer of every call, for 1 % of the time
+        if self.max_batch_size == 1 and self.model.dtype == torch.float32:
+            self.model.unpack()
         self.step = torch.compile(step, fullgraph=True, options=options)
         self.compiled = True
 

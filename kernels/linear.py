@@ -2,18 +2,21 @@
 
 At batch 1 a decode step reads every weight once and does almost nothing else, so the floor is
 bytes / memory bandwidth. The BLAS behind `F.linear` reaches about half of it on the machines we measured;
-oneDNN's inner product over a blocked weight reaches nearly all of it, and is 2-4x faster at 2-16 rows.
-Compare them with `python -m bench.linear`.
+oneDNN's inner product over a blocked weight comes nearer, and is 2-4x faster at 2-16 rows. A loop that
+the compiler makes over a plain weight comes nearer still, for one row. So there are two layouts: packed for batches, and
+plain for an engine that was compiled for one row at a time. Compare them with `python -m bench.linear`.
 
 The packed weight is an opaque tensor that the compiler cannot look into, so the product is a
 `torch.library` op: eager and compiled code call the same thing.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Rows the blocked layout is chosen for. Measured: packing for 16 is the best or level at 1 to 512 rows.
 PACK_FOR_ROWS = 16
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 _library = torch.library.Library("folio", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -35,7 +38,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def can_pack(weight: Tensor) -> bool:
     """Is there a oneDNN for this device and dtype, with instructions that make it the faster path?"""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not HAS_ONEDNN:
         return False
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -50,6 +53,16 @@ def pack(weight: Tensor) -> Tensor:
 def unpack(weight: Tensor) -> Tensor:
     """The plain [out, in] weight again."""
     return weight.to_dense() if weight.is_mkldnn else weight
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times a plain weight [out, in] -> [T, out]. Compiled, one row on a CPU is a loop that reads the weight once."""
+    if not (HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32):
+        return F.linear(x, weight, bias)
+    if x.shape[0] == 1 and torch.compiler.is_compiling():
+        y = (weight * x).sum(-1)[None]
+        return y if bias is None else y + bias
+    return torch.ops.folio.packed_linear(x, weight, bias)  # oneDNN takes plain weights too, a little slower
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

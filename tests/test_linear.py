@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.linear import can_pack, pack, packed_linear, unpack
+from kernels.linear import can_pack, pack, packed_linear, plain_linear, unpack
 from model import Linear
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -76,6 +76,30 @@ def test_a_layer_packs_itself_once():
         layer.pack()
         assert layer.weight.is_mkldnn
         torch.testing.assert_close(layer(x), F.linear(x, weight, bias))
+
+
+def test_a_layer_unpacks_itself():
+    weight, bias = weight_of(torch.float32, (24, 16)), random(torch.float32, 24)
+    layer, x = layer_of(weight, bias), random(torch.float32, 3, 16)
+    layer.pack()
+    for _ in range(2):
+        layer.unpack()
+        assert layer.weight.equal(weight) and not layer.weight.is_mkldnn
+        torch.testing.assert_close(layer(x), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_plain_linear_eager_and_compiled(dtype: torch.dtype, rows: int, with_bias: bool):
+    weight, x = random(dtype, 24, 16), random(dtype, rows, 16)
+    bias = random(dtype, 24) if with_bias else None
+    torch._dynamo.reset()  # each case is a graph of one function, and there is a limit to those
+    compiled = torch.compile(plain_linear, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.inference_mode():
+        expected = F.linear(x, weight, bias)
+        for linear in (plain_linear, compiled):
+            torch.testing.assert_close(linear(x, weight, bias), expected)
 
 
 def test_compiles_in_one_graph():

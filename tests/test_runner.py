@@ -34,7 +34,7 @@ def make_engine(device: str = "cpu", knobs: dict | None = None, **options) -> En
         torch.nn.init.normal_(parameter, std=0.5)
     model = model.to(device)
     model.pack()
-    return Engine(model, max_batch_size=5, chunk_size=24, **options)
+    return Engine(model, **dict(max_batch_size=5, chunk_size=24) | options)
 
 
 def workload(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -65,6 +65,17 @@ def test_compiled_gives_the_same_tokens_and_compiles_nothing_after_the_warm_up()
     assert [tokens(engine, seed) for seed in range(4)] == expected
     assert compiled_graphs() - before == len(shapes)
     engine.check()
+
+
+def test_compiled_for_one_row_at_a_time():
+    """Weights are plain then, and a step of one row is another loop: the same tokens."""
+    prompts, _ = workload(1)
+    greedy = SamplingParams(temperature=0, max_new_tokens=20)
+    expected = [out.outputs[0].token_ids for out in make_engine().generate(prompts, greedy)]
+    engine = make_engine(max_batch_size=1)
+    assert len(list(engine.compile(greedy=True))) == 2
+    assert not engine.model.head.packed
+    assert [out.outputs[0].token_ids for out in engine.generate(prompts, greedy)] == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
