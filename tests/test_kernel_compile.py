@@ -71,15 +71,17 @@ def test_no_loop_spills(rows):
 def test_hardly_anything_spills(rows):
     """Instructions that put a register aside while a loop runs, or fetch it back. Nearly all kernels have none.
 
-    The limits are what was seen of Triton 3.6.0 and 3.7.1. In 16 bits: on sm80 5 in prefill (3.6.0 only), on sm90 4 in
-    MLA's 64 rows. float32 is for exactness: its prefill has up to 23 (3.6.0; 4 of them in a loop), or 16 (3.7.1, none).
+    The limits are what was seen of Triton 3.7.1 and 3.6.0. In 16 bits: 2 and 4, in MLA's 64 rows on sm90. float32 is for
+    exactness: its prefill has up to 22 (none in a loop) and 58 (24 in a loop), at head dims 80 and 96.
     """
+    older = triton.__version__.startswith("3.6.")
     for row in rows:
         exact = row["case"]["dtype"] == "float32"
-        if row["name"] == "prefill_kernel":
-            limit = 23 if exact else 5 if triton.__version__.startswith("3.6.") else 0
-        else:
-            limit = 4 if row["name"] == "mla_kernel" and row["constants"]["BLOCK_M"] == 64 else 0
+        limit = 0
+        if row["name"] == "prefill_kernel" and exact:
+            limit = 58 if older else 22
+        if row["name"] == "mla_kernel" and row["constants"]["BLOCK_M"] == 64:
+            limit = 4 if older else 2
         assert row["spills"] <= limit, row
 
 
