@@ -6,7 +6,8 @@
 
 so eager and compiled share one code path, and `fullgraph=True` is an assertion that nothing in it falls back to Python. Decodes,
 chunks of prompts and mixes of both are the same T tokens of B sequences; the sizes are marked dynamic. There are four graphs: one
-token or many, greedy or with everything. `warm_up` meets all of them; after that nothing compiles (`compiled_graphs` counts).
+token or many, greedy or with everything; with the Triton kernels many decodes are apart from mixes, which makes six. `warm_up`
+meets all of them; after that nothing compiles (`compiled_graphs` counts).
 
 What lies on the device stays there: the pages, the page table, the sampling parameters and the last token of each row. A batch
 brings only what has changed. Its ids may be future tokens: -row stands for the last token sampled for that row, which the
@@ -206,7 +207,7 @@ class Runner:
         torch._dynamo.config.recompile_limit = 64  # more than the shapes of several engines in one process
         options = {"size_asserts": False}  # inductor would check every buffer of every call, for 1 % of the time
         if self.max_batch_size == 1 and self.model.dtype == torch.float32:
-            self.model.unpack()
+            self.model.unpack()  # the compiler's own loop over plain weights is faster for one row
         self.step = torch.compile(step, fullgraph=True, options=options)
         self.compiled = True
 

@@ -28,7 +28,8 @@ from kernels.reference import Rectangles, cut, paged_reference, paged_sdpa
 from kernels.sampling import SamplingTensors
 from kernels.variants import Variant
 
-if importlib.util.find_spec("triton"):
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
     from kernels import kv_write, sampler
     from kernels.decode import paged_decode
     from kernels.paged import INTERPRETED, MAX_HEAD_DIM
@@ -44,7 +45,7 @@ def choose_backend(name: str, device: torch.device, head_dim: int) -> str:
     if name == "auto":
         name = "triton" if device.type == "cuda" else "sdpa"
     if name == "triton":
-        if not importlib.util.find_spec("triton"):
+        if not HAS_TRITON:
             raise UserError("attention 'triton': Triton is not installed (pip install triton; it exists for Linux)")
         if device.type != "cuda" and not INTERPRETED:
             raise UserError(f"attention 'triton' needs a GPU, not {device} (TRITON_INTERPRET=1 simulates one, slowly)")

@@ -14,7 +14,7 @@ Products and sums are rounded one by one, as PyTorch does, and not fused: so the
 
 RoPE: Su et al., RoFormer (2021). The writing side of PagedAttention: Kwon et al. (2023).
 
-    python -m pytest tests/interpreted/test_triton_write.py
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_triton_write.py
 
 Shapes: T new tokens, H query heads, K KV heads, D head dim of queries and keys, V of values.
 """

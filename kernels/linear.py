@@ -4,7 +4,8 @@ At batch 1 a decode step reads every weight once and does almost nothing else, s
 bytes / memory bandwidth. The BLAS behind `F.linear` reaches about half of it on the machines we measured;
 oneDNN's inner product over a blocked weight comes nearer, and is 2-4x faster at 2-16 rows. A loop that
 the compiler makes over a plain weight comes nearer still, for one row. So there are two layouts: packed for batches, and
-plain for an engine that was compiled for one row at a time. Compare them with `python -m bench.linear`.
+plain for an engine that was compiled for one row at a time. `python -m bench.linear` compares the first two, and
+`python -m bench.decode --rows b1` shows what the loop makes of a whole model.
 
 The packed weight is an opaque tensor that the compiler cannot look into, so the product is a
 `torch.library` op: eager and compiled code call the same thing.

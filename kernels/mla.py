@@ -16,7 +16,7 @@ Few sequences do not fill a GPU, so a long history is cut into splits that run s
 Dao et al., 2023). Each leaves its own softmax-weighted mean and the logarithm of its sum of exponentials;
 `mla_merge_kernel` weighs them together.
 
-    python -m pytest tests/interpreted/test_triton_mla.py
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_triton_mla.py
 
 Shapes: B sequences, T new tokens, H heads, R latent rank, S page size; a slot is `page * S + offset`.
 """

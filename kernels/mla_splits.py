@@ -4,7 +4,7 @@ The tile follows from the architecture and from how many rows a sequence has; th
 GPU. Lengths live on the device, where the host must not wait for them: it fixes how many splits there can be, and the
 device computes how long they are.
 
-    python -m pytest tests/interpreted/test_triton_mla.py
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_triton_mla.py
     python -m bench.kernel_report --kernel mla_decode mla_extend
 """
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TESTS = "test_prefill or test_decode_in_splits or test_absorbed or test_write"
+TESTS = "test_prefill or test_decode or test_extend or test_write_kv or test_rope"
 
 
 @pytest.mark.gpu
