@@ -47,13 +47,18 @@ COMPARE = 32  # greedy tokens of each prompt that are compared before timing
 # ---- set up
 
 
-def build(folder: Path, names: list[str], rows: list[Row], folio_model: Transformer) -> dict[str, Generator]:
+def load_model(folder: Path, rows: list[Row]) -> Transformer:
+    return load(Checkpoint.open(folder), torch.float32, torch.device("cpu"), max(row.longest for row in rows))
+
+
+def build(folder: Path, names: list[str], rows: list[Row]) -> dict[str, Generator]:
     """The engines asked for. Those of one side share their weights, but for the frozen one."""
     engines: dict[str, Generator] = {}
     shared = load_peer(folder) if {"hf", "hf-compiled"} & set(names) else None
     for name in names:
         if name.startswith("folio"):
-            engines[name] = Folio(folio_model, rows, compiled=name == "folio-compiled")
+            # A model of its own: compiling may lay its weights out anew.
+            engines[name] = Folio(load_model(folder, rows), rows, compiled=name == "folio-compiled")
         else:
             model = load_peer(folder) if name == "hf-frozen" else shared
             engines[name] = Generate(model, static=name != "hf", frozen=name == "hf-frozen")
@@ -204,8 +209,8 @@ def bench_shape(shape: str, args: argparse.Namespace, read: float, flops: float)
     rows = [parse_row(name, args.prompt_tokens, args.new_tokens) for name in args.rows]
     folder = make_checkpoint(shape)
     progress(f"{shape}: loading")
-    folio_model = load(Checkpoint.open(folder), torch.float32, torch.device("cpu"), max(row.longest for row in rows))
-    engines = build(folder, args.engines, rows, folio_model)
+    folio_model = load_model(folder, rows)  # of which only the sizes are asked
+    engines = build(folder, args.engines, rows)
     lines, record = [], {}
     for row in rows:
         results = measure_row(engines, row, folio_model.config.vocab_size, args.repeats)
