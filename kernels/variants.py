@@ -31,7 +31,7 @@ sides know.
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -122,6 +122,9 @@ class Variant:
     mask_mod: str = ""
     mask_args: tuple[int, ...] = ()
     sinks: Tensor | None = None
+    # Both as functions of PyTorch tensors. Made here: torch.compile can call them, but not watch them being made.
+    score_in_torch: Callable | None = field(init=False, repr=False, compare=False, default=None)
+    sees_in_torch: Callable | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         for name, known in ((self.score_mod, SCORE_MODS), (self.mask_mod, MASK_MODS)):
@@ -130,6 +133,10 @@ class Variant:
         kinds = [isinstance(a, Tensor) for a in self.score_args]
         if kinds != sorted(kinds):
             raise ValueError("score_args must have the numbers first, then the tensors")
+        if self.score_mod:
+            object.__setattr__(self, "score_in_torch", in_torch(SCORE_MODS[self.score_mod]))
+        if self.mask_mod:
+            object.__setattr__(self, "sees_in_torch", in_torch(MASK_MODS[self.mask_mod].sees))
 
     @property
     def flat(self) -> tuple[str, list[float], list[Tensor], str, list[int], Tensor | None]:
@@ -141,6 +148,11 @@ class Variant:
     @property
     def mask(self) -> Mask:
         return self.mask_mod, self.mask_args
+
+    @property
+    def has_tensors(self) -> bool:
+        """Has its score mod an argument that is a tensor? Dynamo cannot watch it being read in PyTorch."""
+        return any(isinstance(a, Tensor) for a in self.score_args)
 
     @property
     def only_masks(self) -> bool:
@@ -179,7 +191,7 @@ IN_TORCH = {tanh: torch.tanh}  # what PyTorch has a function of its own for
 def in_torch(mod: Callable) -> Callable:
     """A mod, and the `jit` functions that it calls, with PyTorch where they say `tl`."""
     python = getattr(mod, "fn", mod)
-    names = {}
+    names = {"__builtins__": python.__globals__["__builtins__"]}  # torch.compile asks for them
     for name in python.__code__.co_names:
         value = python.__globals__.get(name)
         if value is tl:
@@ -196,10 +208,10 @@ def apply_in_torch(variant: Variant, scores: Tensor, query: Tensor, key: Tensor,
 
     Causal: a query sees no later key. Sinks are not a matter of single scores; the softmax has to add them.
     """
-    if variant.score_mod:
+    if variant.score_in_torch is not None:
         args = tuple(Pointer(a) if isinstance(a, Tensor) else a for a in variant.score_args)
-        scores = in_torch(SCORE_MODS[variant.score_mod])(scores, query, key, head, args)
+        scores = variant.score_in_torch(scores, query, key, head, args)
     visible = key <= query
-    if variant.mask_mod:
-        visible = visible & in_torch(MASK_MODS[variant.mask_mod].sees)(query, key, variant.mask_args)
+    if variant.sees_in_torch is not None:
+        visible = visible & variant.sees_in_torch(query, key, variant.mask_args)
     return scores.masked_fill(~visible, float("-inf"))
