@@ -18,6 +18,8 @@ from torch import Tensor
 # Rows the blocked layout is chosen for. Measured: packing for 16 is the best or level at 1 to 512 rows.
 PACK_FOR_ROWS = 16
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_BF16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware
+CPU_DTYPES = (torch.float32, torch.bfloat16) if HAS_BF16 else (torch.float32,) if HAS_ONEDNN else ()  # worth all this
 
 _library = torch.library.Library("folio", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -39,11 +41,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def can_pack(weight: Tensor) -> bool:
     """Is there a oneDNN for this device and dtype, with instructions that make it the faster path?"""
-    if weight.device.type != "cpu" or not HAS_ONEDNN:
-        return False
-    if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32
+    return weight.device.type == "cpu" and weight.dtype in CPU_DTYPES
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -58,11 +56,11 @@ def unpack(weight: Tensor) -> Tensor:
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in] times a plain weight [out, in] -> [T, out]. Compiled, one row on a CPU is a loop that reads the weight once."""
-    if not (HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32):
+    if not can_pack(weight):
         return F.linear(x, weight, bias)
     if x.shape[0] == 1 and torch.compiler.is_compiling():
-        y = (weight * x).sum(-1)[None]
-        return y if bias is None else y + bias
+        y = (weight.float() * x.float()).sum(-1)[None]
+        return (y if bias is None else y + bias).to(x.dtype)
     return torch.ops.folio.packed_linear(x, weight, bias)  # oneDNN takes plain weights too, a little slower
 
 
