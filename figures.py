@@ -88,6 +88,7 @@ class Figures:
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(device),
             "threads": threads(device),
+            "breakdown": self.engine.stats().breakdown,
         }
 
 
@@ -104,3 +105,12 @@ def figures_line(f: dict[str, Any]) -> str:
         f"of {f['read_bandwidth'] / 1e9:.1f} GB/s | peak memory {f['peak_memory'] / 1e6:,.0f} MB | "
         f"{f['dtype']} on {f['device']}, {f['threads']} threads"
     )
+
+
+def breakdown_line(breakdown: dict[str, float] | None) -> str:
+    """How the time of a step divides, for people."""
+    if breakdown is None:
+        return "no breakdown: the profiler has seen nothing of the device"
+    step = sum(breakdown.values())
+    parts = ", ".join(f"{part} {seconds / step:.1%}" for part, seconds in breakdown.items())
+    return f"step {step * 1e3:,.2f} ms: {parts}"
