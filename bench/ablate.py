@@ -56,6 +56,7 @@ class Technique:
     name: str
     off: dict[str, Any] = field(default_factory=dict)
     compile: bool = True
+    gpu: bool = False  # it means something on a GPU only
 
 
 ALL_ON = Technique("all on")
@@ -63,6 +64,7 @@ TECHNIQUES = (
     Technique("radix tree", {"radix": False}),
     Technique("overlap", {"overlap": False}),
     Technique("chunked prefill", {"chunked_prefill": False}),
+    Technique("CUDA graphs", {"graphs": False}, gpu=True),
     Technique("compile", compile=False),
 )
 METRICS = {
@@ -132,7 +134,7 @@ def build(model: Transformer, work: Workload, name: str, without: Technique) -> 
         chunk_size=work.chunk,
         **without.off,
     )
-    for shape in engine.compile(greedy=True) if without.compile else ():
+    for shape in engine.compile(greedy=True) if without.compile else engine.warm_up(greedy=True):
         progress(f"  {name}: compiling {shape}")
     return engine
 
@@ -272,7 +274,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     name = cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
     read = read_bandwidth(device)
     print(f"{name} {floor_line(model, work, read)}\n", flush=True)
-    results = measure(model, work, variants(args.without), args.repeats, args.seed)
+    without = args.without or [t.name for t in TECHNIQUES if device.type == "cuda" or not t.gpu]
+    results = measure(model, work, variants(without), args.repeats, args.seed)
     print(show(results), flush=True)
     if args.dtype == "float32":  # in others a batch of another size may round to another token
         check_same(results)
@@ -284,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [technique.name for technique in TECHNIQUES]
     parser = argparse.ArgumentParser(description="What each technique is worth, switched off in turn.")
     parser.add_argument("--shape", choices=NAMES, default="smollm2-135m")
-    parser.add_argument("--without", nargs="+", choices=names, default=names, help="switch off these (default: each)")
+    parser.add_argument("--without", nargs="+", choices=names, help="switch off these (default: each)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--repeats", type=int, default=3)

@@ -52,7 +52,7 @@ Row = dict[str, Any]
 
 def measure_ceilings(rig: Rig, repeats: int) -> dict[str, Stat]:
     """-> {"copy": bytes per second, "matmul": operations per second}, of operands far larger than the L2 cache."""
-    numbers, size = (1 << 16, 64) if INTERPRETED else (1 << 31, 8192)
+    numbers, size = (1 << 31, 8192) if rig.device.type == "cuda" else (1 << 16, 64)
     progress("ceilings")
     source, target = rig.normal(numbers), rig.normal(numbers)
     a, b = rig.normal(size, size), rig.normal(size, size)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from bench.common import Stat, alternate, emit, machine_facts, progress, significant, summarize, table
+from bench.peer_engines.folio import greedy
 from cache.pages import PagePool
 from engine import Engine, SamplingParams
 from families import model_config
@@ -220,29 +221,34 @@ def record_spans(engine: Engine) -> list[tuple[float, float]]:
     return spans
 
 
-def end_to_end(model: Transformer, args: argparse.Namespace, overlap: bool) -> tuple[float, float]:
-    """-> seconds from the first prompt in to the last token out, and those in which the device had a step."""
+def start_engine(model: Transformer, args: argparse.Namespace, overlap: bool) -> Engine:
+    """An engine with room for all prompts, compiled if asked to, and warm."""
     row = -(-(args.prompt_tokens + args.new_tokens) // 16) * 16
     engine = Engine(
         model,
         max_batch_size=args.batch,
         max_model_len=row,
-        max_total_tokens=args.batch * row,
+        max_total_tokens=args.batch * (row + 16),  # a page more each: nobody waits for one
         chunk_size=args.chunk,
         radix=False,
         overlap=overlap,
     )
-    for name in engine.compile(greedy=True) if args.compile else ():
+    for name in engine.compile(greedy=True) if args.compile else engine.warm_up(greedy=True):
         progress(f"  {name}")
-    params = SamplingParams(temperature=0, max_new_tokens=args.new_tokens, ignore_eos=True)
-    engine.generate([[1] * args.prompt_tokens] * 2, params)  # warms up what there is to warm
+    engine.generate([[1] * args.prompt_tokens] * 2, greedy(args.new_tokens))  # warms up what there is to warm
+    return engine
+
+
+def run(engine: Engine, args: argparse.Namespace) -> tuple[float, float]:
+    """-> seconds from the first prompt in to the last token out, and those in which the device had a step."""
     rng = random.Random(0)
-    vocab = model.config.vocab_size
+    vocab = engine.model.config.vocab_size
     prompts = [[rng.randrange(vocab) for _ in range(args.prompt_tokens)] for _ in range(args.batch)]
-    spans = record_spans(engine)
+    commit, spans = engine.commit, record_spans(engine)
     start = time.perf_counter()
-    outputs = engine.generate(prompts, params)
+    outputs = engine.generate(prompts, greedy(args.new_tokens))
     wall = time.perf_counter() - start
+    engine.commit = commit
     wrong = {c.finish_reason for output in outputs for c in output.outputs} - {"length"}
     if wrong:
         raise RuntimeError(f"requests ended with {wrong}: {outputs[0].outputs[0].stop_reason}")
@@ -252,15 +258,15 @@ def end_to_end(model: Transformer, args: argparse.Namespace, overlap: bool) -> t
 def measure_engine(model: Transformer, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """End to end without and with overlap, in turns. One engine at a time, because the pages are most of the memory."""
 
-    def run(overlap: bool) -> tuple[float, float]:
+    def measure(overlap: bool) -> tuple[float, float]:
         progress(f"  overlap {'on' if overlap else 'off'}")
-        taken = end_to_end(model, args, overlap)
+        taken = run(start_engine(model, args, overlap), args)
         gc.collect()  # engine and loop refer to each other
         if model.norm.weight.device.type == "cuda":
             torch.cuda.empty_cache()
         return taken
 
-    runs = alternate({"overlap off": partial(run, False), "overlap on": partial(run, True)}, args.repeats)
+    runs = alternate({"overlap off": partial(measure, False), "overlap on": partial(measure, True)}, args.repeats)
     return {
         name: {
             "wall": summarize(wall for wall, _ in pairs),
