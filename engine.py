@@ -20,6 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from intake import Group, Intake, Prompt, check_ids
 from machine import cpp_compiler, free_memory, pick_device, pick_dtype, release_openmp_team
 from model import Transformer
 from output import Delta, RequestOutput
-from runner import Runner, StepResults
+from profiling import Recorder
+from runner import COMPILE_MODES, Runner, StepResults, compiled_graphs
 from scheduler.batch import Batch
 from scheduler.loop import Masks, normal_loop, overlap_loop
 from scheduler.policy import REORDER
@@ -62,6 +64,7 @@ class Engine:
         radix_eviction_policy: str = "lru",
         chunked_prefill: bool = True,
         overlap: bool = True,
+        graphs: bool | None = None,
         attention: str = "auto",
         trace: str | Path | None = None,
     ):
@@ -70,14 +73,15 @@ class Engine:
         max_batch_size: rows that run together. max_total_tokens: tokens in the cache (default: what all rows can use,
         as far as the memory goes). max_model_len: longest sequence (default: the model's, as far as the cache goes).
         chunk_size: the token budget of a step. schedule_policy: fcfs, lpm, dfs-weight or priority. radix_eviction_policy: lru,
-        lfu or fifo. radix, chunked_prefill, overlap: switches for what each is worth. attention: reference, sdpa or triton (auto:
-        triton on a GPU, else sdpa). trace: a file for a timeline of the steps.
+        lfu or fifo. radix, chunked_prefill, overlap: switches for what each is worth. graphs: `warm_up` records decodes as CUDA
+        graphs (default: on a GPU; on a CPU a stand-in pads and copies alike). attention: reference, sdpa or triton (auto: triton
+        on a GPU, else sdpa). trace: a file for a timeline of the steps.
         """
         _check_options(model, max_batch_size, max_model_len, page_size, chunk_size)
         _check_choice("schedule_policy", schedule_policy, REORDER)
         _check_choice("radix_eviction_policy", radix_eviction_policy, EVICTION)
         self.model, self.tokenizer, self.eos_token_ids = model, tokenizer, list(eos_token_ids)
-        self.runner = Runner(model, page_size, max_batch_size, attention)
+        self.runner = Runner(model, page_size, max_batch_size, attention, graphs)
         largest = chunk_size if chunked_prefill else max_model_len or model.config.max_position
         fit = self._tokens_in_memory(largest) if max_total_tokens is None else max_total_tokens
         self.max_model_len = max_model_len or max(1, min(model.config.max_position, fit))
@@ -107,6 +111,8 @@ class Engine:
         self._deltas: list[Delta] = []  # of the step that is being taken
         self._throughput = Throughput()
         self._batch_size = 0
+        self._recorder: Recorder | None = None  # while a profile is taken
+        self._breakdown: dict[str, float] | None = None  # of the last one
         self._lock = threading.RLock()  # of _groups and _driver; a stream may be collected, and abort, while it is held
         self._stepping = threading.Lock()  # one step at a time
         self._driver: threading.Thread | None = None
@@ -131,14 +137,22 @@ class Engine:
         eos = sorted({*checkpoint.eos_token_ids, *tokenizer.eos_token_ids})
         return cls(weights, tokenizer, eos, max_model_len=max_model_len, **options)
 
-    def compile(self, greedy: bool | None = None) -> Iterator[str]:
+    def compile(self, greedy: bool | None = None, mode: str = "default") -> Iterator[str]:
         """Compile every shape that serving will meet; yields the name of each before it, for a progress bar.
 
-        greedy: compile only the greedy (True) or only the sampling variant (False), when no other request will come.
+        greedy: compile only the greedy (True) or only the sampling variant (False), when no other request will come. mode: one of
+        `runner.COMPILE_MODES`; "max-autotune" takes longer, and tries several kernels for each product.
         """
+        _check_choice("mode", mode, COMPILE_MODES)
         if self.runner.device.type == "cpu" and cpp_compiler() is None:
             raise UserError("--compile needs a C++ compiler: install g++ (apt install g++, or xcode-select --install)")
-        self.runner.compile()
+        if self.runner.attention != "triton" and any(v.has_tensors for v in self.model.variants):
+            raise UserError("--compile: a score mod with a tensor among its arguments compiles on a GPU only")
+        self.runner.compile(mode)
+        return self.warm_up(greedy)
+
+    def warm_up(self, greedy: bool | None = None) -> Iterator[str]:
+        """Meet every shape once, and record the CUDA graphs if there are to be any; yields as `compile` does."""
         return self.runner.warm_up((True, False) if greedy is None else (greedy,))
 
     # ---- requests in, text out
@@ -254,6 +268,8 @@ class Engine:
             self.timeline.add(
                 "device", f"step {self.steps}", *results.span, requests=len(batch.requests), tokens=len(batch.ids)
             )
+        if self._recorder is not None:
+            self._recorder.add(results.span, idle=not self.scheduler.has_work)
 
     def masks(self, batch: Batch) -> Masks:
         """Ask what each request of a batch may take next; the loop calls this. Who gives no answer ends with an error."""
@@ -369,8 +385,30 @@ class Engine:
             preemptions=s.preemptions,
             new_token_ratio=s.ratio,
             steps=self.steps,
+            steps_replayed=self.runner.steps_replayed,
+            compiled_graphs=compiled_graphs(),
+            captured_graphs=len(self.runner.replays),
             tokens_per_second=self._throughput.rate(),
+            breakdown=self._breakdown,
         )
+
+    @contextmanager
+    def profile(self, path: str | Path | None = None) -> Iterator[Recorder]:
+        """Record the steps taken inside; after it, `stats().breakdown` says how the time of a step divides.
+
+        path: also write the trace, for ui.perfetto.dev (.gz: compressed); UserError if that cannot be. One at a time.
+        """
+        if self._recorder is not None:
+            raise UserError("a profile is being taken already")
+        recorder = Recorder(self.runner.stream, self.runner.device, path)
+        self._between_steps(recorder.start)
+        self._recorder = recorder
+        try:
+            yield recorder
+        finally:
+            self._recorder = None
+            self._between_steps(recorder.stop)
+            self._breakdown = recorder.breakdown
 
     def flush_cache(self) -> int:
         """Drop all cached prefixes that nobody runs on. Returns how many pages of the tree stay, because somebody does."""

@@ -11,12 +11,15 @@ mistake of the user's, 130 after Ctrl-C.
 import argparse
 import json
 import sys
+from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import UserError
-from figures import Figures, figures_line
+from figures import Figures, breakdown_line, figures_line
+from profiling import prepare
 
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` and a mistyped flag need not wait for it
     from engine import Engine, SamplingParams
@@ -47,7 +50,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=1, help="texts to make, as one batch (default: 1)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the step first: seconds now, speed after")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=["default", "max-autotune"],
+        help="torch.compile the step first: seconds now, speed after (max-autotune: minutes, and maybe some more)",
+    )
+    parser.add_argument("--no-graphs", action="store_true", help="on a GPU: launch every kernel, no CUDA graphs")
     parser.add_argument(
         "--attention",
         default="auto",
@@ -64,6 +74,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cache.add_argument("--no-radix", action="store_true", help="do not keep prefixes for later prompts (--chat)")
     cache.add_argument("--no-overlap", action="store_true", help="plan a step only when the one before is done")
     cache.add_argument("--trace", metavar="FILE", help="write a timeline of the steps for ui.perfetto.dev")
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="write torch.profiler's trace (.gz: compressed), and say where a step's time goes",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quiet", action="store_true", help="only the text: no progress, no figures")
     args = parser.parse_args(argv)
@@ -78,10 +93,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         prompt = None if args.chat else read_prompt(args)
+        if args.profile is not None:
+            prepare(args.profile)
         params = sampling_params(args)
         engine, figures = start(args, params)
         if args.chat:
-            chat(engine, params, args, figures)
+            with profiled(engine, args):
+                chat(engine, params, args, figures)
+            if args.profile is not None and not args.quiet:
+                print(breakdown_line(engine.stats().breakdown), file=sys.stderr)
         else:
             complete(engine, prompt, params, args, figures)
     except UserError as error:
@@ -143,15 +163,18 @@ def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine",
         chunked_prefill=not args.no_chunked_prefill,
         radix=not args.no_radix,
         overlap=not args.no_overlap,
+        graphs=False if args.no_graphs else None,
         attention=args.attention,
         trace=args.trace,
     )
     figures = Figures(engine)
     if args.compile:
         try:
-            figures.time_compile(engine.compile(greedy=params.greedy), show=not args.quiet)
+            figures.time_compile(engine.compile(params.greedy, args.compile), show=not args.quiet)
         except UserError as error:
             print(f"\n*** NOT COMPILED: {error}. Going on uncompiled, slower. ***\n", file=sys.stderr)
+    if engine.runner.graphs and not engine.runner.compiled:
+        deque(engine.warm_up(params.greedy), maxlen=0)
     return engine, figures
 
 
@@ -163,7 +186,7 @@ def complete(
     params.max_new_tokens = params.max_new_tokens or min(256, max(1, engine.max_model_len - len(ids)))
     outputs: list[dict[str, Any]] = [{"text": "", "token_ids": [], "finish_reason": None} for _ in range(params.n)]
     single = params.n == 1
-    with engine.stream(ids, params) as stream:
+    with profiled(engine, args), engine.stream(ids, params) as stream:
         if single:
             print(prompt, end="", flush=True)
         for delta in figures.watch(stream, len(ids)):
@@ -178,9 +201,15 @@ def complete(
     measured = figures.report()
     if not args.quiet:
         print(figures_line(measured), file=sys.stderr)
+        if args.profile is not None:
+            print(breakdown_line(measured["breakdown"]), file=sys.stderr)
     if args.json:
         first = outputs[0] | {"prompt": prompt, "prompt_tokens": len(ids), "figures": measured}
         print(json.dumps(first | ({} if single else {"samples": outputs})))
+
+
+def profiled(engine: "Engine", args: argparse.Namespace) -> AbstractContextManager[Any]:
+    return nullcontext() if args.profile is None else engine.profile(args.profile)
 
 
 def chat(engine: "Engine", params: "SamplingParams", args: argparse.Namespace, figures: Figures) -> None:

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dispatch import Layout, attend, lay_out, write
+from device import from_host
+from kernels.dispatch import Layout, attend, lay_out, lay_out_decode, write
 from kernels.linear import can_pack, pack, packed_linear, plain_linear, unpack
 from kernels.reference_write import rotate
-from kernels.variants import model_variant
+from kernels.variants import Variant, model_variant
 from rope import RopeSpec, inverse_frequencies
 
 KVCache = list[tuple[Tensor, Tensor]]  # a layer: keys, values, each [slots, K, D]
@@ -188,6 +189,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp_post_norm = norm(config.pre_norm and not config.parallel), norm(config.post_norm)
         self.mlp = MLP(config)
 
+    @torch.compiler.nested_compile_region  # layers that are alike are compiled once, not once each
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], step: StepContext) -> Tensor:
         scale = self.config.residual_scale
         if self.config.parallel:
@@ -252,15 +254,30 @@ class Transformer(nn.Module):
         return StepContext(layout, cos_sin, query_scale)
 
     def lay_out(
-        self, starts: Sequence[int], lengths: Sequence[int], page_table: Tensor, page_size: int, attention: str = "sdpa"
+        self,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        page_table: Tensor,
+        page_size: int,
+        attention: str = "sdpa",
+        spans: Tensor | None = None,
     ) -> Layout:
         """starts, lengths [B] of each sequence's new tokens, page_table [B, N] -> the step's Layout for this model.
 
-        `attention`: a backend of `kernels/dispatch.py`.
+        `attention`: a backend of `kernels/dispatch.py`. `spans` [2, B]: starts and lengths, if they are on the device already.
         """
-        c = self.config
-        groups = c.num_heads // c.num_kv_heads
-        return lay_out(starts, lengths, page_table, page_size, attention, self.variants, groups, self.dtype)
+        if spans is None:
+            spans = from_host([starts, lengths], page_table.device)
+        return lay_out(starts, lengths, spans, page_table, page_size, attention, *self._kinds)
+
+    def lay_out_decode(self, positions: Tensor, page_table: Tensor, page_size: int, attention: str = "sdpa") -> Layout:
+        """positions [B] of one new token each, page_table [B, N] -> the same, from what is on the device alone."""
+        return lay_out_decode(positions, page_table, page_size, attention, *self._kinds)
+
+    @property
+    def _kinds(self) -> tuple[list[Variant], int, torch.dtype]:
+        """What a layout depends on: the layers' variants, query heads of one KV head, the dtype."""
+        return self.variants, self.config.num_heads // self.config.num_kv_heads, self.dtype
 
     def pack(self) -> None:
         """Lay every linear weight out for this CPU (see `kernels/linear.py`). Does nothing on a GPU."""

@@ -1,49 +1,48 @@
-"""The runner: a planned batch -> device tensors -> forward -> sampled tokens.
+"""The runner: a planned batch -> device tensors -> step -> sampled tokens, with as little work between as there can be.
 
-`step` is one plain function, from token ids to sampled ids. `--compile` re-binds it:
+`step.py` has the step as plain functions. This is the only place that makes them fast, by re-binding them:
 
-    self.step = torch.compile(step, fullgraph=True)
+    self.decode = torch.compile(decode, fullgraph=True)          as one graph, which `fullgraph=True` asserts
+    self.replays[n, greedy] = CudaReplay(...)                    as one launch, for each bucket of rows
 
-so eager and compiled share one code path, and `fullgraph=True` is an assertion that nothing in it falls back to Python. Decodes,
-chunks of prompts and mixes of both are the same T tokens of B sequences; the sizes are marked dynamic. There are four graphs: one
-token or many, greedy or with everything; with the Triton kernels many decodes are apart from mixes, which makes six. `warm_up`
-meets all of them; after that nothing compiles (`compiled_graphs` counts).
+Eager, compiled and replayed are the same code. Sizes that change are marked dynamic, so there are three graphs of the model (one
+row, many rows, any mixture with chunks of prompts) and two or four of the sampling. `warm_up` meets all of them; after that
+nothing is compiled or captured, which `compiled_graphs` and `len(runner.replays)` can prove.
 
-What lies on the device stays there: the pages, the page table, the sampling parameters and the last token of each row. A batch
-brings only what has changed. Its ids may be future tokens: -row stands for the last token sampled for that row, which the
-host need not have seen.
+What lies on the device stays there: pages, page table, sampling parameters, each row's last token and length. A step brings only
+what has changed, in one copy; a decode of the rows of the step before, with no new page, brings nothing.
 
     python -m pytest tests/test_runner.py
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cache.pages import kv_cache
 from device import Pending, from_host, open_stream
-from kernels.dispatch import Layout, Pages, choose_backend, sample
-from kernels.sampling import PROMPT_BIT, SamplingTensors, apply_bitmask, logprobs, pack_bitmask
+from graphs import Recorder, Replay, buckets, recorder
+from kernels.dispatch import choose_backend
+from kernels.sampling import PROMPT_BIT, SamplingTensors, logprobs, pack_bitmask
 from machine import cache_dir
-from model import KVCache, Transformer
+from model import Transformer
 from scheduler.batch import Batch, Changes
-from scheduler.request import Request, TokenLogprob
+from scheduler.request import Request, SamplingParams, TokenLogprob
+from step import Inputs, choose, decode, extend
 
 INDUCTOR_CACHE_DIR = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # the user's; torch soon sets one of its own
-
-
-@dataclass
-class Inputs:
-    """One step on the device."""
-
-    ids: Tensor  # [T]; -row: that row's last token
-    rows: Tensor  # [B] whose sampling parameters apply; 0 = the sampled token means nothing
-    layout: Layout
+COMPILE_MODES = {"default": {}, "max-autotune": {"max_autotune": True}}
+TYPICAL_HISTORY = 1024  # tokens, and
+TYPICAL_CHUNK = 256  # of a prompt: sizes for the warm-up, by which the compiler decides what is worth two threads
 
 
 @dataclass
@@ -56,50 +55,34 @@ class StepResults:
     span: tuple[float, float]  # when it ran, in seconds of `time.perf_counter`
 
 
-def forward(model: Transformer, kv: KVCache, sampling: SamplingTensors, inputs: Inputs) -> Tensor:
-    """-> the logits of each sequence's last token [B, V]."""
-    ids = torch.where(inputs.ids < 0, sampling.last_token[(-inputs.ids).clamp(min=0)], inputs.ids)
-    return model.logits(model(ids, inputs.layout, kv)[inputs.layout.last])
-
-
-def choose(
-    sampling: SamplingTensors, logits: Tensor, inputs: Inputs, greedy: bool, bitmask: Tensor | None = None
-) -> list[Tensor]:
-    """logits [B, V] -> a new token for each sequence [B], whether its logits are finite [B], and `logprobs` unless greedy.
-
-    `greedy` is a constant of the graph: true when no request needs more than an argmax over the bare logits. `bitmask`: as
-    for `apply_bitmask`.
-    """
-    finite = logits.amax(-1).isfinite()
-    if greedy:
-        tokens = (logits if bitmask is None else apply_bitmask(logits, bitmask)).argmax(-1)
-        details = ()
-    else:
-        positions = inputs.layout.positions[inputs.layout.last] + 1
-        tokens = sample(inputs.layout, logits, sampling, inputs.rows, positions, bitmask)
-        ones = torch.ones_like(tokens, dtype=torch.int32)
-        sampling.seen.index_put_((inputs.rows, tokens), ones, accumulate=True)
-        details = logprobs(logits, tokens)
-    sampling.last_token.index_put_((inputs.rows,), tokens)
-    return [tokens, finite, *details]
-
-
-def step(model: Transformer, kv: KVCache, sampling: SamplingTensors, inputs: Inputs, greedy: bool) -> list[Tensor]:
-    """One step: token ids in, token ids out."""
-    return choose(sampling, forward(model, kv, sampling, inputs), inputs, greedy)
-
-
 class Runner:
     """Owns what lies on the device: weights, pages, sampling parameters. Knows nothing of who gets what, or why."""
 
-    def __init__(self, model: Transformer, page_size: int, max_batch_size: int, attention: str = "auto"):
+    def __init__(
+        self,
+        model: Transformer,
+        page_size: int,
+        max_batch_size: int,
+        attention: str = "auto",
+        graphs: bool | None = None,
+    ):
         self.model, self.page_size, self.max_batch_size = model, page_size, max_batch_size
         self.device = model.norm.weight.device
         self.attention = choose_backend(attention, self.device, model.config.head_dim)
-        self.sampling = SamplingTensors.empty(max_batch_size + 1, model.config.vocab_size, self.device)
+        self.graphs = self.device.type == "cuda" if graphs is None else graphs
+        self.state = SamplingTensors.empty(max_batch_size + 1, model.config.vocab_size, self.device)
         self.stream = open_stream(self.device)
-        self.step: Callable[..., list[Tensor]] = step
+        self.decode: Callable[..., Tensor] = decode
+        self.extend: Callable[..., Tensor] = extend
+        self.choose: Callable[..., tuple[Tensor, Tensor]] = choose
         self.compiled = False
+        self.replays: dict[tuple[int, bool], Replay] = {}  # by rows, and whether all are greedy
+        self.buckets = buckets(max_batch_size)
+        self.steps_replayed = 0
+        self._warming_up = False
+        with torch.inference_mode():  # as all else that a step is given
+            self._rows = torch.zeros(max_batch_size, dtype=torch.int64, device=self.device)  # of the decode before
+        self._rows_known: list[int] = []  # what the host knows to be there
 
     def allocate(self, pages: int, max_model_len: int) -> None:
         """Make the pages, and a page table for sequences of that length."""
@@ -107,7 +90,9 @@ class Runner:
         self.kv = kv_cache(
             c.num_layers, pages * self.page_size, c.num_kv_heads, c.head_dim, self.model.dtype, self.device
         )
-        columns = max(2, -(-max_model_len // self.page_size))
+        self.max_model_len = max_model_len
+        needed = max(2, -(-max_model_len // self.page_size))
+        columns = needed + 1  # one to spare, so that no step is given the whole table, whose strides are others
         self.page_table = torch.zeros(self.max_batch_size + 1, columns, dtype=torch.int64, device=self.device)
 
     def memory_of_largest_step(self, prompt_tokens: int) -> int:
@@ -115,7 +100,8 @@ class Runner:
         self.allocate(pages=1, max_model_len=prompt_tokens)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self.stream.submit(partial(self._run_padding, [1] * self.max_batch_size + [prompt_tokens], False)).result()
+        lengths = [1] * self.max_batch_size + [prompt_tokens]
+        self.stream.submit(partial(self.run, padding(False, [0] * len(lengths), lengths))).result()
         return torch.cuda.max_memory_allocated(self.device) - before
 
     # ---- a step
@@ -125,51 +111,98 @@ class Runner:
         return LaunchedStep(self, batch)
 
     def run(self, batch: Batch) -> list[Tensor]:
-        """On the stream: the whole of a step. -> what `choose` returns."""
-        self.apply(batch.changes)
-        return self.step(self.model, self.kv, self.sampling, self.inputs(batch), batch.greedy)
+        """On the stream: the whole of a step. -> tokens [B], finite [B], and `logprobs` of them if somebody wants any."""
+        bucket = self.bucket(batch)
+        if (replay := self.replays.get((bucket, batch.greedy))) is not None:
+            self.bring_rows(batch, bucket)
+            self.steps_replayed += 1
+            return replay()
+        logits, rows = self.forward(batch)
+        if self._warming_up:
+            will_change(0, logits, rows)
+        return self.finish(batch, logits, *self.choose(self.state, logits, rows, self.attention, batch.greedy))
 
     def run_forward(self, batch: Batch) -> list[Tensor]:
-        """On the stream: a step up to its logits. Eager: such steps wait for the host, and so are slow anyway."""
-        self.apply(batch.changes)
-        self._held = self.inputs(batch)
-        self._logits = forward(self.model, self.kv, self.sampling, self._held)
+        """On the stream: a step up to its logits."""
+        self._held = self.forward(batch)
         return []
 
     def run_choose(self, batch: Batch, masks: list[Sequence[int] | None]) -> list[Tensor]:
-        """On the stream: the rest of that step. masks [B]: the tokens that each may take; None = all."""
-        padding = [None] * (len(self._logits) - len(masks))
-        bitmask = pack_bitmask(masks + padding, self._logits.shape[1]).to(self.device)
-        return choose(self.sampling, self._logits, self._held, batch.greedy, bitmask)
+        """On the stream: the rest of that step, eager. masks [B]: the tokens that each may take; None = all."""
+        logits, rows = self._held
+        everything = [None] * (len(logits) - len(masks))  # for padding
+        bitmask = pack_bitmask(masks + everything, logits.shape[1]).to(self.device)
+        return self.finish(batch, logits, *choose(self.state, logits, rows, self.attention, batch.greedy, bitmask))
 
-    def inputs(self, batch: Batch) -> Inputs:
-        """A batch as tensors. One token has graphs of its own, else T and B are at least 2: padding on row 0 fills up."""
-        starts, lengths = batch.starts, batch.lengths
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """-> logits [B, V], and the rows [B] whose next tokens they are about (0: nobody's)."""
+        if batch.decodes_only:
+            rows, table = self.bring_rows(batch, len(batch.requests)), self.columns(max(batch.starts) + 1)
+            if self._warming_up:
+                will_change(0, rows)
+                will_change(1, table)
+            return self.decode(self.model, self.kv, self.state, table, rows, self.page_size, self.attention), rows
+        inputs, rows = self.bring_inputs(batch)
+        if self._warming_up:
+            for dim in (0, 1):
+                will_change(dim, *tensors_in(inputs))
+        return self.extend(self.model, self.kv, self.state, inputs), rows
+
+    def bucket(self, batch: Batch) -> int:
+        """The rows that a batch is padded to in a replay; 0 for a kind that is not recorded."""
+        recorded = batch.decodes_only and not batch.logprobs
+        return self.buckets[bisect_left(self.buckets, len(batch.requests))] if recorded else 0
+
+    def finish(self, batch: Batch, logits: Tensor, tokens: Tensor, finite: Tensor) -> list[Tensor]:
+        return [tokens, finite, *(logprobs(logits, tokens) if batch.logprobs else ())]
+
+    def columns(self, longest: int) -> Tensor:
+        """The page table as far as sequences of that length need it; torch.compile would make a constant of a size of 1."""
+        return self.page_table[:, : max(2, -(-longest // self.page_size))]
+
+    # ---- what a step brings, in one copy
+
+    def bring_rows(self, batch: Batch, n: int) -> Tensor:
+        """For a step of decodes: its rows [n], padded with row 0. Nothing is copied if they are those of the step before."""
+        rows = [r.row for r in batch.requests] + [0] * (n - len(batch.requests))
+        if rows == self._rows_known[:n]:
+            self.apply(batch.changes)
+        else:
+            (new,) = self.apply(batch.changes, rows)
+            self._rows[:n] = new
+            self._rows_known = rows
+        return self._rows[:n]
+
+    def bring_inputs(self, batch: Batch) -> tuple[Inputs, Tensor]:
+        """For a step with chunks of prompts: its Inputs, and the rows [B] that get a token. T and B are at least 2."""
+        starts, lengths, ids = batch.starts, batch.lengths, batch.ids
         rows = [r.row for r in batch.requests]
         sampled = [row if samples else 0 for row, samples in zip(rows, batch.samples, strict=True)]
-        ids = batch.ids
-        if len(rows) == 1 and len(ids) > 1:
+        if len(rows) == 1:  # padding on row 0
             starts, lengths, rows, sampled, ids = [*starts, 0], [*lengths, 1], [*rows, 0], [*sampled, 0], [*ids, 0]
-        ids_on, rows_on, sampled_on = (from_host(x, self.device) for x in (ids, rows, sampled))
-        return Inputs(ids_on, sampled_on, self.lay_out(starts, lengths, rows_on))
+        start, length, row, sampled_row, id = self.apply(batch.changes, starts, lengths, rows, sampled, ids)
+        end = start + length
+        self.state.length[row] = torch.where(row > 0, end, 0)
+        table = self.columns(max(map(sum, zip(starts, lengths, strict=True))))[row]
+        spans = torch.stack((start, length))
+        layout = self.model.lay_out(starts, lengths, table, self.page_size, self.attention, spans)
+        return Inputs(id, length.cumsum(0) - 1, layout), sampled_row
 
-    def lay_out(self, starts: Sequence[int], lengths: Sequence[int], rows: Tensor) -> Layout:
-        """rows [B] of the page table -> the step's layout; of the table only the columns that the longest sequence needs."""
-        longest = max(map(sum, zip(starts, lengths, strict=True)))
-        columns = max(2, -(-longest // self.page_size))  # torch.compile would make a constant of a size of 1
-        table = self.page_table[:, :columns][rows]
-        return self.model.lay_out(starts, lengths, table, self.page_size, self.attention)
-
-    # ---- what changes between steps
-
-    def apply(self, changes: Changes) -> None:
-        """On the stream: do what a batch wants done before it computes."""
+    def apply(self, changes: Changes, *lists: list[int]) -> list[Tensor]:
+        """Do what a batch wants done before it computes. -> these lists on the device."""
         for source, target in changes.copies:
             self.copy(source, target)
         for request in changes.admitted:
             self.set_row(request)
-        for row, column, pages in changes.tables:
-            self.page_table[row, column : column + len(pages)] = from_host(pages, self.device)
+        cells = [(row, column + i, page) for row, column, pages in changes.tables for i, page in enumerate(pages)]
+        lists = [[cell[i] for cell in cells] for i in range(3)] + list(lists)
+        values = [value for values in lists for value in values]
+        if not values:
+            return []
+        row, column, page, *sent = from_host(values, self.device).split([len(values) for values in lists])
+        if cells:
+            self.page_table[row, column] = page
+        return sent
 
     def copy(self, source: int, target: int) -> None:
         """Copy one page, in every layer."""
@@ -180,7 +213,7 @@ class Runner:
 
     def set_row(self, request: Request) -> None:
         """Write a request's sampling parameters to its row, and which tokens it has so far."""
-        p, s, row = request.params, self.sampling, request.row
+        p, s, row = request.params, self.state, request.row
         s.temperature[row], s.top_k[row], s.top_p[row], s.min_p[row] = p.temperature, p.top_k, p.top_p, p.min_p
         s.repetition_penalty[row] = p.repetition_penalty
         s.presence_penalty[row], s.frequency_penalty[row] = p.presence_penalty, p.frequency_penalty
@@ -199,48 +232,48 @@ class Runner:
         values = list(values)
         return from_host(values + [fill] * (size - len(values)), self.device)
 
-    # ---- compiling
+    # ---- compiling and recording
 
-    def compile(self) -> None:
+    def compile(self, mode: str = "default") -> None:
         """Re-bind the step to its compiled form. Compiled code is kept in the cache folder for the next run."""
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_code_dir())
-        torch._dynamo.config.recompile_limit = 64  # more than the shapes of several engines in one process
-        options = {"size_asserts": False}  # inductor would check every buffer of every call, for 1 % of the time
-        if self.max_batch_size == 1 and self.model.dtype == torch.float32:
+        self.stream.submit(compiler_settings).result()
+        if self.max_batch_size == 1:
             self.model.unpack()  # the compiler's own loop over plain weights is faster for one row
-        self.step = torch.compile(step, fullgraph=True, options=options)
+        # Inductor would check every buffer of every call, Dynamo every attribute of the model.
+        options = {"size_asserts": False, "guard_filter_fn": may_change, **COMPILE_MODES[mode]}
+        self.decode, self.extend, self.choose = (
+            torch.compile(own_copy(function), fullgraph=True, options=options) for function in (decode, extend, choose)
+        )
         self.compiled = True
 
-    def warm_up(self, greedy_variants: Iterable[bool] = (True, False)) -> Iterable[str]:
-        """Run every graph once, on padding (row 0, page 0). Yields the name of each before it."""
-        steps = {"one token": [1], "many tokens": [1, 1, 5]}  # equal sizes would pass for one
-        if self.attention == "triton":
-            steps["decodes"] = [1, 1, 1]
+    def warm_up(self, greedy_variants: Iterable[bool] = (True, False)) -> Iterator[str]:
+        """Meet every shape once, on padding, then record the decodes. Yields the name of each before it."""
+        history, chunk = min(TYPICAL_HISTORY, self.max_model_len), min(TYPICAL_CHUNK, self.max_model_len)
+        self._warming_up = self.compiled
         for greedy in greedy_variants:
-            for name, lengths in steps.items():
-                yield f"{name}, {'greedy' if greedy else 'sampled'}"
-                self.stream.submit(partial(self._run_padding, lengths, greedy)).result()
+            shapes = [padding(greedy, [history - 1] * n) for n in sorted({self.max_batch_size, 1}, reverse=True)]
+            for batch in [*shapes, padding(greedy, [0, 0, 0], [1, 1, chunk])]:
+                yield f"{len(batch.requests)} rows, {len(batch.ids)} tokens, {'greedy' if greedy else 'sampled'}"
+                self.stream.submit(partial(self.run, batch)).result()
+        self._warming_up = False
+        if self.graphs:
+            record, pool = recorder(self.device)
+            for n in reversed(self.buckets):
+                for greedy in greedy_variants:
+                    yield f"graph of {n} rows, {'greedy' if greedy else 'sampled'}"
+                    self.stream.submit(partial(self.record, record, pool, n, greedy)).result()
 
-    def _run_padding(self, lengths: list[int], greedy: bool) -> list[Tensor]:
-        rows = from_host([0] * len(lengths), self.device)
-        layout = self.lay_out([0] * len(lengths), lengths, rows)
-        inputs = Inputs(from_host([0] * sum(lengths), self.device), rows, layout)
-        if self.compiled:
-            self._mark_dynamic(inputs)
-        return self.step(self.model, self.kv, self.sampling, inputs, greedy)
+    def record(self, record: Recorder, pool: Any, n: int, greedy: bool) -> list[Tensor]:
+        """On the stream: record a decode of n rows."""
+        rows, table = self.bring_rows(padding(greedy, [0] * n), n), self.columns(self.max_model_len)
 
-    @staticmethod
-    def _mark_dynamic(inputs: Inputs) -> None:
-        """Say which sizes will change, so that the compiler need not find out by compiling again."""
-        layout, history = inputs.layout, inputs.layout.history
-        paged = isinstance(history, Pages)
-        varying = [history.page_table] if paged else [history.read_slots, *history.bias.values()]
-        if len(inputs.ids) > 1:
-            varying += [inputs.ids, inputs.rows, layout.positions, layout.write_slots, layout.last]
-            varying += [history.query_start, history.lengths] if paged else [history.shapes]
-        for tensor in varying:
-            for dim in [d for d, size in enumerate(tensor.shape) if size > 1]:
-                torch._dynamo.mark_dynamic(tensor, dim)
+        def whole_step() -> tuple[Tensor, Tensor]:
+            logits = self.decode(self.model, self.kv, self.state, table, rows, self.page_size, self.attention)
+            return self.choose(self.state, logits, rows, self.attention, greedy)
+
+        self.replays[n, greedy] = record(whole_step, pool)
+        return []
 
 
 class LaunchedStep:
@@ -267,6 +300,48 @@ class LaunchedStep:
                 top = list(zip(ids[:most], values[:most], strict=True))
                 results.logprobs[i] = TokenLogprob(tokens[i], chosen, rank, top)
         return results
+
+
+def compiler_settings() -> list[Tensor]:
+    """To be run on the stream: torch keeps settings for each thread."""
+    torch._dynamo.config.recompile_limit = 64  # more than the shapes of one engine
+    torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal once are not the same size
+    return []
+
+
+def own_copy(function: FunctionType) -> FunctionType:
+    """The same function with a code object of its own. That is where torch.compile keeps what it has made of it, and another
+    runner, with another model, must not find it there."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+
+
+def may_change(guards: Sequence[Any]) -> list[bool]:
+    """Which of the compiler's assumptions are worth a look at each call: those about what a step is given, not those about
+    what a runner owns for good."""
+    return [re.match(r"(rows|page_table|inputs|logits|greedy|bitmask)\b|$", guard.name) is not None for guard in guards]
+
+
+def padding(greedy: bool, starts: list[int], lengths: list[int] | None = None) -> Batch:
+    """A batch of nobody's: it computes like any other, on row 0 and page 0. Without lengths, decodes."""
+    nobody = Request([0], SamplingParams(temperature=0 if greedy else 1), frozenset(), max_new_tokens=1, seed=0)
+    n, each = len(starts), lengths or [1] * len(starts)
+    return Batch([nobody] * n, [0] * sum(each), starts, each, [False] * n, decodes=0 if lengths else n)
+
+
+def will_change(dim: int, *tensors: Tensor) -> None:
+    """Tell the compiler which sizes will, so that it need not find out by compiling again. A size of 1 is always a constant."""
+    for tensor in tensors:
+        if tensor.dim() > dim and tensor.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def tensors_in(thing: object) -> list[Tensor]:
+    """All tensors of a dataclass, of those inside it, and of its dicts."""
+    if isinstance(thing, Tensor):
+        return [thing]
+    if is_dataclass(thing):
+        thing = vars(thing)
+    return [tensor for part in thing.values() for tensor in tensors_in(part)] if isinstance(thing, dict) else []
 
 
 def compiled_code_dir() -> Path:

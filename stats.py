@@ -21,7 +21,11 @@ class Stats:
     preemptions: int
     new_token_ratio: float  # share of max_new_tokens that a request is expected to use
     steps: int
+    steps_replayed: int  # of those: decodes that were one replay of a CUDA graph
+    compiled_graphs: int  # that torch.compile has made in this process; grows in the warm-up only
+    captured_graphs: int  # CUDA graphs; likewise
     tokens_per_second: float  # sampled, over the last seconds
+    breakdown: dict[str, float] | None  # seconds a step, by part, of the steps profiled last (profiling.PARTS)
 
 
 class Throughput:

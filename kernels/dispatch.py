@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from device import from_host
 from errors import UserError
 from kernels import reference_write, sampling
-from kernels.reference import Rectangles, cut, paged_reference, paged_sdpa
+from kernels.decode_loops import decode_in_loops
+from kernels.reference import Rectangles, cut, history_slots, one_rectangle, paged_reference, paged_sdpa
 from kernels.sampling import SamplingTensors
-from kernels.variants import Variant
+from kernels.variants import Mask, Variant
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -61,9 +61,20 @@ class Pages:
 
     page_table: Tensor  # [B, N]
     page_size: int
-    query_start: Tensor  # [B + 1] sequence b has the new tokens query_start[b] ... query_start[b + 1] - 1
+    query_start: Tensor | None  # [B + 1] sequence b has the new tokens query_start[b] ... query_start[b + 1] - 1
     lengths: Tensor  # [B] of each sequence, its new tokens included
-    decode: bool  # does each sequence have one new token?
+
+    @property
+    def decode(self) -> bool:
+        """Has each sequence one new token, so that there is nothing to say about where it begins?"""
+        return self.query_start is None
+
+
+@dataclass
+class Slots:
+    """Histories as the compiler's own loops find them: a decode on a CPU."""
+
+    slots: Tensor  # [B, L] of each history entry
 
 
 @dataclass
@@ -72,13 +83,13 @@ class Layout:
 
     positions: Tensor  # [T] of each new token in its sequence
     write_slots: Tensor  # [T] where its key and value go
-    last: Tensor  # [B] index of each sequence's last new token
-    history: Pages | Rectangles
+    history: Pages | Rectangles | Slots
 
 
 def lay_out(
     starts: Sequence[int],
     lengths: Sequence[int],
+    spans: Tensor,
     page_table: Tensor,
     page_size: int,
     backend: str,
@@ -86,24 +97,53 @@ def lay_out(
     groups: int,
     dtype: torch.dtype,
 ) -> Layout:
-    """starts, lengths [B]: position of each sequence's first new token, and how many there are; page_table [B, N] -> Layout.
+    """starts, lengths [B]: position of each sequence's first new token, and how many there are; spans [2, B]: both, on the
+    device; page_table [B, N] -> Layout. Not for a graph: its shapes follow from the numbers.
 
     The table's columns must reach as far as the longest history. `variants`: of the layers. `groups`: query heads of one KV
     head.
     """
     device = page_table.device
-    start, length = from_host([starts, lengths], device)
+    start, length = spans
     end = length.cumsum(0)
     sequence = torch.repeat_interleave(length, output_size=sum(lengths))
     positions = torch.arange(sum(lengths), device=device) + (start - end + length)[sequence]
     if backend == "triton":
-        query_start = torch.nn.functional.pad(end, (1, 0))
-        history = Pages(page_table, page_size, query_start, start + length, max(lengths) == 1)
+        query_start = None if max(lengths) == 1 else torch.nn.functional.pad(end, (1, 0))
+        history = Pages(page_table, page_size, query_start, start + length)
     else:
-        masks = dict.fromkeys(v.mask for v in variants if backend == "sdpa" and v.only_masks)
+        masks = masks_for_sdpa(variants, backend)
         history = cut(starts, lengths, positions, page_table, page_size, masks, groups, dtype)
     write_slots = page_table[sequence, positions // page_size] * page_size + positions % page_size
-    return Layout(positions, write_slots, end - 1, history)
+    return Layout(positions, write_slots, history)
+
+
+def lay_out_decode(
+    positions: Tensor,
+    page_table: Tensor,
+    page_size: int,
+    backend: str,
+    variants: Collection[Variant],
+    groups: int,
+    dtype: torch.dtype,
+) -> Layout:
+    """positions [B] of one new token each, page_table [B, N] -> Layout. Looks at no number, so it may be part of a graph.
+
+    Compiled for a CPU, attention becomes the compiler's own loops over the pages, whatever the backend.
+    """
+    if backend == "triton":
+        history = Pages(page_table, page_size, None, positions + 1)
+    else:
+        history = Slots(history_slots(page_table, positions, page_size))
+        if not torch.compiler.is_compiling():
+            history = one_rectangle(history.slots, positions, masks_for_sdpa(variants, backend), groups, dtype)
+    write_slots = page_table.gather(1, positions[:, None] // page_size)[:, 0] * page_size + positions % page_size
+    return Layout(positions, write_slots, history)
+
+
+def masks_for_sdpa(variants: Collection[Variant], backend: str) -> list[Mask]:
+    """The masks of those layers that SDPA can do."""
+    return list(dict.fromkeys(v.mask for v in variants if backend == "sdpa" and v.only_masks))
 
 
 def write(
@@ -127,6 +167,8 @@ def write(
 def attend(layout: Layout, q: Tensor, keys: Tensor, values: Tensor, scale: float, variant: Variant) -> Tensor:
     """Each new token attends to its sequence's pages, up to and with itself: q [T, H, D] -> [T, H, V]."""
     h = layout.history
+    if isinstance(h, Slots):
+        return decode_in_loops(q, keys, values, h.slots, layout.positions, scale, variant)
     if isinstance(h, Pages):
         if h.decode:
             return paged_decode(q, keys, values, h.page_table, h.lengths, h.page_size, scale, variant)
@@ -137,7 +179,7 @@ def attend(layout: Layout, q: Tensor, keys: Tensor, values: Tensor, scale: float
 
 
 def sample(
-    layout: Layout,
+    backend: str,
     logits: Tensor,
     state: SamplingTensors,
     rows: Tensor,
@@ -145,5 +187,5 @@ def sample(
     bitmask: Tensor | None = None,
 ) -> Tensor:
     """logits [B, V] float32 -> token ids [B], by the parameters of `rows` [B] of `state`; see `kernels/sampling.py`."""
-    kernels = sampler if isinstance(layout.history, Pages) else sampling
+    kernels = sampler if backend == "triton" else sampling
     return kernels.sample(logits, state, rows, positions, bitmask)

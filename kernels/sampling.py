@@ -42,6 +42,7 @@ class SamplingTensors:
     bias_values: Tensor  # [R, MAX_BIAS]
     seen: Tensor  # [R, V] int32: PROMPT_BIT | number of times sampled
     last_token: Tensor  # [R] the last one sampled
+    length: Tensor  # [R] tokens whose keys and values are in the pages: the position of the last one sampled
 
     @classmethod
     def empty(cls, rows: int, vocab_size: int, device: torch.device) -> "SamplingTensors":
@@ -63,6 +64,7 @@ class SamplingTensors:
             bias_values=full(0, MAX_BIAS),
             seen=full(0, vocab_size, dtype=torch.int32),
             last_token=full(0, dtype=torch.int64),
+            length=full(0, dtype=torch.int64),
         )
 
     def select(self, rows: Tensor) -> "SamplingTensors":

@@ -30,6 +30,15 @@ class Batch:
     changes: Changes = field(default_factory=Changes)
 
     @property
+    def decodes_only(self) -> bool:
+        return self.decodes == len(self.requests)
+
+    @property
+    def logprobs(self) -> bool:
+        """Does somebody want to know how likely the tokens are?"""
+        return any(r.params.logprobs is not None for r in self.requests)
+
+    @property
     def greedy(self) -> bool:
         """Is an argmax over the bare logits all that its requests ask for, those included whose turn to sample is to come?
 

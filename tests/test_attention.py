@@ -58,7 +58,9 @@ def layout_of(
     """A step with the last `new[b]` tokens of each sequence."""
     starts = [length - n for length, n in zip(case.lengths, new, strict=True)]
     variants = [variant, model_variant(None, 3)]
-    return lay_out(starts, new, case.table, case.page_size, backend, variants, case.heads // case.kv_heads, dtype)
+    spans = torch.tensor([starts, new])
+    groups = case.heads // case.kv_heads
+    return lay_out(starts, new, spans, case.table, case.page_size, backend, variants, groups, dtype)
 
 
 def tokens_of(case: Case, new: list[int]) -> list[tuple[int, int]]:
@@ -227,6 +229,16 @@ def test_history_written_in_pieces_equals_history_written_at_once():
     assert at_once.keys.equal(pieces.keys) and at_once.values.equal(pieces.values)
 
 
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, queries: int):
+    """A chunk that is cut into blocks, the last of them shorter, beside decodes."""
+    monkeypatch.setattr("kernels.reference.QUERIES", queries)
+    case = make(4, [9, 22, 17, 5], 4, 4, 2)
+    write(case, case.lengths)
+    for window in (None, 5):
+        assert_matches(case, [1, 19, 17, 1], window)
+
+
 def test_bfloat16():
     case = make(3, [9, 21], 4, 4, 2)
     case.history = [tuple(t.bfloat16().float() for t in kv) for kv in case.history]
@@ -262,7 +274,6 @@ def test_runs_of_single_tokens_are_one_rectangle():
     case = make(0, [5, 9, 2, 30, 8], 4, 2, 2)
     layout = layout_of(case, [1, 1, 1, 7, 1])
     assert layout.history.shapes.view(-1, 3).tolist() == [[3, 1, 12], [1, 7, 32], [1, 1, 8]]
-    assert layout.last.tolist() == [0, 1, 2, 9, 10]
 
 
 def test_history_slots():

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from engine import Engine, SamplingParams
+from errors import UserError
+from kernels.variants import Variant
 from model import ModelConfig, Transformer
 from rope import RopeSpec
 from runner import compiled_graphs
@@ -60,10 +62,11 @@ def test_compiled_gives_the_same_tokens_and_compiles_nothing_after_the_warm_up()
     expected = [tokens(eager, seed) for seed in range(4)]
     engine = make_engine()
     before = compiled_graphs()
-    shapes = list(engine.compile())
-    assert compiled_graphs() - before == len(shapes) == 4
+    assert len(list(engine.compile())) == 6
+    graphs = engine.stats().compiled_graphs
+    assert graphs - before == 3 + 4  # decode of one row, of many, prompts; one row and many, greedy and sampled
     assert [tokens(engine, seed) for seed in range(4)] == expected
-    assert compiled_graphs() - before == len(shapes)
+    assert engine.stats().compiled_graphs == graphs
     engine.check()
 
 
@@ -74,8 +77,32 @@ def test_compiled_for_one_row_at_a_time():
     expected = [out.outputs[0].token_ids for out in make_engine().generate(prompts, greedy)]
     engine = make_engine(max_batch_size=1)
     assert len(list(engine.compile(greedy=True))) == 2
+    graphs = compiled_graphs()
     assert not engine.model.head.packed
     assert [out.outputs[0].token_ids for out in engine.generate(prompts, greedy)] == expected
+    assert compiled_graphs() == graphs
+
+
+def test_compiled_with_layers_of_two_kinds():
+    """Alike ones share their code, and only that: each has its weights, its pages, its window."""
+    prompts, _ = workload(2)
+    greedy = SamplingParams(temperature=0, max_new_tokens=12)
+    knobs = dict(num_layers=4, windows=[7, None, 7, None], attn_softcap=3.0)
+    expected = [out.outputs[0].token_ids for out in make_engine(knobs=knobs).generate(prompts, greedy)]
+    engine = make_engine(knobs=knobs)
+    for _ in engine.compile(greedy=True):
+        pass
+    assert [out.outputs[0].token_ids for out in engine.generate(prompts, greedy)] == expected
+
+
+def test_what_a_cpu_cannot_compile_is_said_before():
+    engine = make_engine()
+    engine.model.variants[0] = Variant("alibi", (torch.ones(4),))
+    with pytest.raises(UserError, match="tensor among its arguments"):
+        engine.compile()
+    assert not engine.runner.compiled
+    with pytest.raises(UserError, match="mode is 'fast'; it must be one of default, max-autotune"):
+        make_engine().compile(mode="fast")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

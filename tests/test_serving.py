@@ -94,8 +94,8 @@ class Gate:
     """Lets so many steps pass on the device and holds the next until `open`: what the host does meanwhile comes in time."""
 
     def __init__(self, engine: Engine, steps: int):
-        self.open, self.steps, self.inner = threading.Event(), steps, engine.runner.step
-        engine.runner.step = self
+        self.open, self.steps, self.inner = threading.Event(), steps, engine.runner.run
+        engine.runner.run = self
 
     def __call__(self, *args):
         self.steps -= 1
@@ -459,7 +459,7 @@ def test_whatever_a_consumer_raises_the_engine_is_usable(error: type[BaseExcepti
 def test_control_c_in_generate_aborts_what_it_asked_for():
     """A real signal, while the main thread waits."""
     engine = make()
-    inner, calls = engine.runner.step, []
+    inner, calls = engine.runner.run, []
 
     def interrupting(*args):
         calls.append(1)
@@ -467,7 +467,7 @@ def test_control_c_in_generate_aborts_what_it_asked_for():
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return inner(*args)
 
-    engine.runner.step = interrupting
+    engine.runner.run = interrupting
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -906,7 +906,7 @@ class Broken(RuntimeError):
     pass
 
 
-def break_at(engine: Engine, call: int, what: str = "step", before: Callable[[], None] = lambda: None) -> None:
+def break_at(engine: Engine, call: int, what: str = "run", before: Callable[[], None] = lambda: None) -> None:
     """Make the runner's method raise at its n-th call and at all later ones; `before` runs before the first that fails."""
     inner, calls = getattr(engine.runner, what), []
 
@@ -935,7 +935,7 @@ def assert_failed(engine: Engine) -> None:
 
 # prompts of 30 in chunks of 8: calls 1 to 8 are prefills, the later ones decodes too
 @BOTH_LOOPS
-@pytest.mark.parametrize("what, masked", [("step", False), ("apply", False), ("apply", True), ("run_choose", True)])
+@pytest.mark.parametrize("what, masked", [("run", False), ("apply", False), ("apply", True), ("run_choose", True)])
 @pytest.mark.parametrize("call", [1, 2, 6, 12])
 def test_when_the_device_fails_every_request_ends_with_an_error(call: int, what: str, masked: bool, overlap: bool):
     """Running, prefilling, waiting, and one that comes while it fails."""
