@@ -18,7 +18,7 @@ what has changed, in one copy; a decode of the rows of the step before, with no 
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -247,7 +247,7 @@ class Runner:
         )
         self.compiled = True
 
-    def warm_up(self, greedy_variants: Iterable[bool] = (True, False)) -> Iterator[str]:
+    def warm_up(self, greedy_variants: Collection[bool] = (True, False)) -> Iterator[str]:
         """Meet every shape once, on padding, then record the decodes. Yields the name of each before it."""
         history, chunk = min(TYPICAL_HISTORY, self.max_model_len), min(TYPICAL_CHUNK, self.max_model_len)
         self._warming_up = self.compiled

@@ -61,13 +61,11 @@ class Pages:
 
     page_table: Tensor  # [B, N]
     page_size: int
-    query_start: Tensor | None  # [B + 1] sequence b has the new tokens query_start[b] ... query_start[b + 1] - 1
+    query_start: (
+        Tensor | None
+    )  # [B + 1] sequence b has the new tokens query_start[b] ... query_start[b + 1] - 1
+    # (None: a decode, one each)
     lengths: Tensor  # [B] of each sequence, its new tokens included
-
-    @property
-    def decode(self) -> bool:
-        """Has each sequence one new token, so that there is nothing to say about where it begins?"""
-        return self.query_start is None
 
 
 @dataclass
@@ -109,8 +107,7 @@ def lay_out(
     sequence = torch.repeat_interleave(length, output_size=sum(lengths))
     positions = torch.arange(sum(lengths), device=device) + (start - end + length)[sequence]
     if backend == "triton":
-        query_start = None if max(lengths) == 1 else torch.nn.functional.pad(end, (1, 0))
-        history = Pages(page_table, page_size, query_start, start + length)
+        history = Pages(page_table, page_size, torch.nn.functional.pad(end, (1, 0)), start + length)
     else:
         masks = masks_for_sdpa(variants, backend)
         history = cut(starts, lengths, positions, page_table, page_size, masks, groups, dtype)
@@ -170,7 +167,7 @@ def attend(layout: Layout, q: Tensor, keys: Tensor, values: Tensor, scale: float
     if isinstance(h, Slots):
         return decode_in_loops(q, keys, values, h.slots, layout.positions, scale, variant)
     if isinstance(h, Pages):
-        if h.decode:
+        if h.query_start is None:
             return paged_decode(q, keys, values, h.page_table, h.lengths, h.page_size, scale, variant)
         return paged_prefill(q, keys, values, h.page_table, h.query_start, h.lengths, h.page_size, scale, variant)
     if (bias := h.bias.get(variant.mask)) is not None and variant.only_masks:
