@@ -61,10 +61,7 @@ class Pages:
 
     page_table: Tensor  # [B, N]
     page_size: int
-    query_start: (
-        Tensor | None
-    )  # [B + 1] sequence b has the new tokens query_start[b] ... query_start[b + 1] - 1
-    # (None: a decode, one each)
+    query_start: Tensor | None  # [B + 1] where each sequence's new tokens begin, and the end; None: a decode, one each
     lengths: Tensor  # [B] of each sequence, its new tokens included
 
 
