@@ -24,7 +24,7 @@ from torch import Tensor
 from errors import UserError
 from kernels import reference_write, sampling
 from kernels.decode_loops import decode_in_loops
-from kernels.reference import Rectangles, cut, history_slots, one_rectangle, paged_reference, paged_sdpa
+from kernels.reference import Rectangles, cut, history_slots, one_rectangle, paged_reference, paged_sdpa, slots_at
 from kernels.sampling import SamplingTensors
 from kernels.variants import Mask, Variant
 
@@ -131,8 +131,7 @@ def lay_out_decode(
         history = Slots(history_slots(page_table, positions, page_size))
         if not torch.compiler.is_compiling():
             history = one_rectangle(history.slots, positions, masks_for_sdpa(variants, backend), groups, dtype)
-    write_slots = page_table.gather(1, positions[:, None] // page_size)[:, 0] * page_size + positions % page_size
-    return Layout(positions, write_slots, history)
+    return Layout(positions, slots_at(page_table, positions[:, None], page_size)[:, 0], history)
 
 
 def masks_for_sdpa(variants: Collection[Variant], backend: str) -> list[Mask]:

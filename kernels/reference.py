@@ -34,7 +34,7 @@ class Rectangles:
     read_slots: Tensor  # [sum of sequences * history] where each history lies
     bias: dict[
         Mask, Tensor
-    ]  # [sum over blocks of sequences * G * queries * seen], 0 or -inf; for the layers that take SDPA
+    ]  # [sum over blocks of sequences * G * queries * seen], 0 or -inf; for layers that take SDPA
 
 
 def cut(
@@ -102,7 +102,12 @@ def history_slots(page_table: Tensor, last: Tensor, page_size: int) -> Tensor:
     (0 * NaN is NaN). A kernel must likewise load nothing there.
     """
     entry = torch.arange(page_table.shape[1] * page_size, device=page_table.device).minimum(last[:, None])
-    return page_table.gather(1, entry // page_size) * page_size + entry % page_size
+    return slots_at(page_table, entry, page_size)
+
+
+def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """page_table [B, N], positions [B, M] in each sequence -> the slots where they lie [B, M]."""
+    return page_table.gather(1, positions // page_size) * page_size + positions % page_size
 
 
 def attention_bias(positions: Tensor, history: int, mask: Mask, groups: int, dtype: torch.dtype) -> Tensor:
