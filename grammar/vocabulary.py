@@ -1,0 +1,84 @@
+"""The model's tokens as bytes, which is how grammars see them.
+
+A grammar spells text, so each id needs the bytes that it adds to the text. Three kinds add none: control tokens, which a
+person must never read (as text they would be allowed inside any JSON string), ids that no tokenizer has, and the stop ids.
+
+    python -m pytest tests/test_grammar_vocabulary.py
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+
+from errors import UserError
+from tokenizer import Tokenizer
+
+
+class Vocabulary:
+    """tokens [V]: the bytes of each id, b"" for one that is no text. V is the width of the model's output layer.
+
+    encode: text to ids, without the tokens that begin a prompt.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], stop_ids: Sequence[int], encode: Callable[[str], list[int]]):
+        self.tokens, self.stop_ids, self.encode = list(tokens), sorted(set(stop_ids)), encode
+        if not self.stop_ids:
+            raise UserError("this checkpoint names no token that ends a text, and structured output needs one")
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int]) -> "Vocabulary":
+        """vocab_size: the width of the output layer, often more than the tokenizer has. stop_ids: all of the checkpoint's."""
+        spell = _spelling(tokenizer)
+        no_text = tokenizer.special_ids | set(stop_ids)
+        pieces = (None if i in no_text else tokenizer.backend.id_to_token(i) for i in range(vocab_size))
+        added = {i: token.content for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
+        tokens = [
+            b"" if piece is None else added[i].encode() if i in added else spell(piece)
+            for i, piece in enumerate(pieces)
+        ]
+        return cls(tokens, stop_ids, partial(tokenizer.encode, add_special_tokens=False))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def ids_by_bytes(self) -> list[int]:
+        """The ids of all text, in the order of their bytes."""
+        return sorted((i for i, token in enumerate(self.tokens) if token), key=self.tokens.__getitem__)
+
+    def starting_with(self, prefix: bytes) -> list[int]:
+        """The ids whose bytes start with a prefix, itself included."""
+        first = bisect_left(self.ids_by_bytes, prefix, key=self.tokens.__getitem__)
+        behind = _next_prefix(prefix)
+        end = None if behind is None else bisect_left(self.ids_by_bytes, behind, key=self.tokens.__getitem__)
+        return self.ids_by_bytes[first:end]
+
+
+def _next_prefix(prefix: bytes) -> bytes | None:
+    """The smallest bytes behind all that start with `prefix`; None if there are none."""
+    stem = prefix.rstrip(b"\xff")
+    return stem[:-1] + bytes([stem[-1] + 1]) if stem else None
+
+
+def _spelling(tokenizer: Tokenizer):
+    """piece -> bytes, by how the tokenizer's decoder puts pieces together. UserError for a kind that is not known."""
+    state = tokenizer.backend.decoder.__getstate__() if tokenizer.backend.decoder is not None else b""
+    if b'"ByteLevel"' in state:
+        byte_of = {char: byte for byte, char in byte_level_alphabet().items()}
+        return lambda piece: bytes(byte_of[char] for char in piece)
+    if b'"ByteFallback"' in state or b'"Metaspace"' in state or "\u2581".encode() in state:
+        return _spell_sentencepiece
+    raise UserError("structured output knows byte-level and sentencepiece vocabularies; this checkpoint's is neither")
+
+
+def _spell_sentencepiece(piece: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
+
+
+def byte_level_alphabet() -> dict[int, str]:
+    """byte -> the character that stands for it in a byte-level vocabulary (GPT-2): itself if it can be seen."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(unseen)}
