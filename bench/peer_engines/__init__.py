@@ -50,6 +50,16 @@ class Served:
     times: list[float]
 
 
+def shared_prefix(prompts: Tokens) -> int:
+    """How many tokens all prompts begin with alike, the last token of none among them; 0 if that fills no page."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    same = min(same, min(map(len, prompts)) - 1)
+    return same if same >= PAGE else 0
+
+
 class Generator(Protocol):
     """Greedy, and exactly as many tokens as were asked for."""
 

@@ -4,8 +4,9 @@
 
 Weights and cache are float32, as everybody's here. Its flash attention is less exact on a CPU all the same, which now
 and then is another token; so it is off, and "llama.cpp-flash" is the one that has it. Prompts go in as one batch, cut
-into pieces of `n_batch` tokens, with logits for the last token of each only. No sequence shares another's prefix: the
-library can copy one (`llama_memory_seq_cp`), but who shares what is for its caller to know.
+into pieces of `n_batch` tokens, with logits for the last token of each only. The library can give a sequence another's
+prefix (`llama_memory_seq_cp`), but who shares what is for its caller to know: here the caller does know, and what all
+prompts begin with is computed once. For that the sequences must be in one buffer (`kv_unified`).
 """
 
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import llama_cpp as llama
 import numpy as np
 
-from bench.peer_engines import Row, Tokens
+from bench.peer_engines import Row, Tokens, shared_prefix
 from bench.peer_engines.gguf_file import write_gguf
 
 Entry = tuple[int, int, int, bool]  # token, position, sequence, are its logits wanted?
@@ -43,10 +44,12 @@ class LlamaCpp:
         self._make_room(row)
         llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
         outputs: Tokens = [[] for _ in prompts]
+        same = self._share(prompts)
         entries = [
             (token, position, i, position == len(prompt) - 1)
             for i, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
+            if position >= same
         ]
         for _ in range(new):
             for i, token in self._decode(entries):
@@ -56,6 +59,14 @@ class LlamaCpp:
                 for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
             ]
         return outputs
+
+    def _share(self, prompts: Tokens) -> int:
+        """Compute what all prompts begin with, once, for all sequences. -> how many tokens that is."""
+        same = shared_prefix(prompts) if self.unified else 0
+        self._decode([(token, position, 0, False) for position, token in enumerate(prompts[0][:same])])
+        for sequence in range(1, len(prompts) if same else 0):
+            llama.llama_memory_seq_cp(llama.llama_get_memory(self.context), 0, sequence, 0, same)
+        return same
 
     def _make_room(self, row: Row) -> None:
         """A context of the row's size: kept until another row comes."""
@@ -67,6 +78,7 @@ class LlamaCpp:
         room = -(-row.longest // 256) * 256  # of each sequence; it would round up itself
         params.n_ctx, params.n_seq_max = row.batch * room, row.batch
         params.n_batch, params.n_ubatch = 2048, 512
+        params.kv_unified = self.unified = row.name == "shared"
         params.n_threads = params.n_threads_batch = self.threads
         params.type_k = params.type_v = llama.GGML_TYPE_F32
         params.flash_attn_type = (

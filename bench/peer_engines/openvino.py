@@ -2,6 +2,9 @@
 
     pip install openvino openvino-genai
 
+Its prefix cache knows what earlier requests have computed, not what one beside it is computing. So where all prompts begin
+alike, the others are added when the first has its first token.
+
 Left alone it would compute in bfloat16 where the processor can, and keep its cache in 8 bits. The model comes from
 openvino_graph.py: optimum-intel, the usual way, wants a transformers of its own.
 """
@@ -16,7 +19,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 
-from bench.peer_engines import Arrival, Row, Served, Tokens
+from bench.peer_engines import Arrival, Row, Served, Tokens, shared_prefix
 from bench.peer_engines.openvino_graph import build_graph
 
 NO_TOKEN = 2**31 - 1  # it wants an end-of-sequence token, though it is to ignore it
@@ -45,14 +48,16 @@ class OpenVino:
             return cls(Path(scratch), rows, threads)
 
     def generate(self, prompts: Tokens, new: int, row: Row) -> Tokens:
-        return [served.tokens for served in self.serve([Arrival(0.0, prompt, new) for prompt in prompts])]
+        arrivals = [Arrival(0.0, prompt, new) for prompt in prompts]
+        return [served.tokens for served in self.serve(arrivals, first_alone=shared_prefix(prompts) > 0)]
 
-    def serve(self, arrivals: Sequence[Arrival]) -> list[Served]:
+    def serve(self, arrivals: Sequence[Arrival], first_alone: bool = False) -> list[Served]:
+        """first_alone: the others come when the first has its first token, whatever their `at`."""
         start, waiting = time.perf_counter(), list(arrivals)[::-1]
         running: list[tuple[Any, Served]] = []
         while waiting or self.pipeline.has_non_finished_requests():
             now = time.perf_counter() - start
-            while waiting and waiting[-1].at <= now:
+            while waiting and waiting[-1].at <= now and not (first_alone and running and not running[0][1].tokens):
                 running.append((self._add(waiting.pop()), Served([], [])))
             if not self.pipeline.has_non_finished_requests():
                 time.sleep(max(0.0, waiting[-1].at - now))
