@@ -30,7 +30,11 @@ class Spec:
         if isinstance(schema, type):
             if not hasattr(schema, "model_json_schema"):
                 raise UserError(f"json_schema is the class {schema.__name__}, which is no pydantic model")
-            schema = schema.model_json_schema()
+            try:
+                schema = schema.model_json_schema()
+            except Exception as error:  # of pydantic's own: a field of a type that JSON does not have
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"json_schema is the class {schema.__name__}, which has no schema: {reason}") from error
         return cls("json_schema", _json_text("json_schema", schema, (dict, bool)), any_whitespace)
 
     @classmethod
@@ -52,7 +56,7 @@ class Spec:
     def choices(cls, choices: Sequence[str]) -> "Spec":
         """One of some texts."""
         if isinstance(choices, str) or not isinstance(choices, Sequence):
-            raise UserError(f"choices is {choices!r}; it must be a list of texts")
+            raise UserError(f"choices is a {type(choices).__name__}; it must be a list of texts")
         if not choices:
             raise UserError("choices is empty")
         for choice in choices:
