@@ -1,21 +1,46 @@
-"""llguidance behind the interface of `matcher.py`. Facts: llguidance 1.9.1.
+"""llguidance behind the interface of `matcher.py`.
 
-python -m pytest tests/test_grammar_backends.py
+What it does not do as one would expect is put right here, with a test each:
+
+- a token that is no id of its vocabulary puts a matcher into an error for good: it is refused before llguidance sees it
+- a matcher that can only end has stopped, and takes no stop token any more: stop tokens are counted here, never passed on
+- its lexer is greedy, so that a rule of EBNF may mean less than it says ([a-z]+ [a-z]+ matches nothing): EBNF is refused, and
+  with it structural tags, which would be put together from the same rules
+- its regexes are Rust's, whose \\d and \\w are Unicode's: they are rewritten to mean ASCII, as in JSON Schema
+
+Where text is forced, its mask has the one token that a tokenizer would write, though `accept` takes every other spelling.
+Facts: llguidance 1.9.1.
+
+    python -m pytest tests/test_grammar_backends.py
 """
 
 import json
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 from torch import Tensor
 
-from grammar.matcher import whole_characters
+from grammar.dialects import without_anchors
+from grammar.matcher import check_matches, one_line, whole_characters
+from grammar.normal import normalized
 from grammar.spec import Spec
 from grammar.vocabulary import Vocabulary
 
+LIMITS = dict(
+    max_items_in_row=2000,
+    initial_lexer_fuel=1_000_000,  # about 20 ms
+    step_lexer_fuel=200_000,  # a mask: about 15 ms
+    step_max_items=50_000,  # a mask: about 3 ms
+    max_lexer_states=250_000,  # about 400 MB
+    max_grammar_size=500_000,
+    precompute_large_lexemes=True,
+    verbose_errors=False,  # they would show one user's schema in another's log
+)
+BYTES, BYTES_PER_CHARACTER = 32 << 10, 110  # of a grammar's text, compiled: resident memory measured over sixty schemas
+
 
 class LlguidanceMatcher:
-    def __init__(self, matcher: LLMatcher, stop_ids: frozenset[int], ended: bool = False):
-        self._matcher, self._stop_ids, self.ended = matcher, stop_ids, ended
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, ended: bool = False):
+        self._matcher, self._vocabulary, self.ended = matcher, vocabulary, ended
 
     @property
     def complete(self) -> bool:
@@ -26,27 +51,32 @@ class LlguidanceMatcher:
             raise RuntimeError("the text has ended")
         row = bitmask[index]
         self._matcher.unsafe_compute_mask_ptr(row.data_ptr(), row.numel() * row.element_size())
-        if self._matcher.is_error():
-            raise RuntimeError(self._matcher.get_error())
+        self._raise_error()
         return True
 
     def accept(self, token: int) -> bool:
-        if self.ended or self._matcher.try_consume_tokens([token]) == 0:
+        if self.ended or not 0 <= token < len(self._vocabulary):
             return False
-        self.ended = token in self._stop_ids
-        return True
+        if token in self._vocabulary.stop_ids:
+            self.ended = self.complete
+            return self.ended
+        return self._matcher.try_consume_tokens([token]) == 1
 
     def rollback(self, tokens: int) -> None:
-        if tokens:
-            self.ended = False
-            if not self._matcher.rollback(tokens):
-                raise RuntimeError(self._matcher.get_error())
+        if tokens and self.ended:
+            self.ended, tokens = False, tokens - 1
+        if tokens and not self._matcher.rollback(tokens):
+            self._raise_error()
 
     def fork(self) -> "LlguidanceMatcher":
-        return LlguidanceMatcher(self._matcher.deep_copy(), self._stop_ids, self.ended)
+        return LlguidanceMatcher(self._matcher.deep_copy(), self._vocabulary, self.ended)
 
     def forced(self) -> bytes:
         return b"" if self.ended else whole_characters(self._matcher.compute_ff_bytes())
+
+    def _raise_error(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(one_line(self._matcher.get_error()))
 
 
 class LlguidanceGrammar:
@@ -54,11 +84,16 @@ class LlguidanceGrammar:
 
     backend = "llguidance"
 
-    def __init__(self, first: LLMatcher, stop_ids: frozenset[int], size: int):
-        self._first, self._stop_ids, self.size = first, stop_ids, size
+    def __init__(self, first: LLMatcher, vocabulary: Vocabulary, characters: int):
+        self._first, self._vocabulary, self._characters = first, vocabulary, characters
+
+    @property
+    def size(self) -> int:
+        """An estimate, from the length of the grammar: llguidance does not say. Its lexer grows to about twice that in use."""
+        return BYTES + self._characters * BYTES_PER_CHARACTER
 
     def matcher(self) -> LlguidanceMatcher:
-        return LlguidanceMatcher(self._first.deep_copy(), self._stop_ids)
+        return LlguidanceMatcher(self._first.deep_copy(), self._vocabulary)
 
 
 class LlguidanceBackend:
@@ -67,29 +102,37 @@ class LlguidanceBackend:
     name = "llguidance"
 
     def __init__(self, vocabulary: Vocabulary):
-        self._stop_ids = frozenset(vocabulary.stop_ids)
+        self._vocabulary = vocabulary
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(vocabulary)), eos_token=vocabulary.stop_ids)
 
     def compile(self, spec: Spec) -> LlguidanceGrammar:
-        """RuntimeError, with llguidance's words, for what it cannot do."""
-        grammar = self._grammar(spec)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        """RuntimeError, with llguidance's words, for what it cannot do, and for a grammar that matches nothing."""
+        text = _grammar(spec)
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
-            raise RuntimeError(matcher.get_error())
-        return LlguidanceGrammar(matcher, self._stop_ids, size=len(grammar))
+            raise RuntimeError(one_line(matcher.get_error()))
+        grammar = LlguidanceGrammar(matcher, self._vocabulary, len(text))
+        check_matches(grammar, len(self._vocabulary))
+        return grammar
 
-    def _grammar(self, spec: Spec) -> str:
-        match spec.kind:
-            case "json_schema":
-                fixed = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-                return LLMatcher.grammar_from_json_schema(spec.text, overrides={} if spec.any_whitespace else fixed)
-            case "regex":
-                return LLMatcher.grammar_from_regex(spec.text)
-            case "choices":
-                choices = " | ".join(json.dumps(choice) for choice in json.loads(spec.text))
-                return LLMatcher.grammar_from_lark(f"start: {choices}")
-            case _:
-                raise RuntimeError(f"llguidance does not take {spec.kind}")
+
+def _grammar(spec: Spec) -> str:
+    """A spec in llguidance's own notation."""
+    match spec.kind:
+        case "json_schema":
+            fixed = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            options = {"lenient": False, "coerce_one_of": False} | ({} if spec.any_whitespace else fixed)
+            schema = normalized(spec).text
+            if schema in ("true", "false"):  # it wants an object
+                schema = f'{{"allOf": [{schema}]}}'
+            return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        case "regex":
+            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(without_anchors(spec.text), 'dw')}/")
+        case "choices":
+            choices = (json.dumps(choice).replace("\x7f", r"\u007f") for choice in json.loads(spec.text))
+            return LLMatcher.grammar_from_lark(f"start: {' | '.join(choices)}")
+        case _:
+            raise RuntimeError(f"llguidance does not take {spec.kind}")
 
 
 class _Tokens:

@@ -3,8 +3,10 @@
 python -m pytest tests/test_grammar_backends.py
 """
 
+import re
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -22,7 +24,8 @@ class Matcher(Protocol):
     def fill(self, bitmask: Tensor, index: int) -> bool:
         """Write the tokens that may come next to row `index` of int32 [B, ceil(V / 32)] on the CPU, a bit each.
 
-        False: all may, and the row was not necessarily written. Lets go of the interpreter's lock. Changes nothing.
+        Bits behind the last token mean nothing. False: all may, and the row was not necessarily written.
+        Lets go of the interpreter's lock. Changes nothing.
         RuntimeError if the backend gives up, or if the text has ended.
         """
 
@@ -61,3 +64,27 @@ def whole_characters(text: bytes) -> bytes:
     except UnicodeDecodeError as error:
         return text[: error.start]
     return text
+
+
+def check_matches(grammar: Grammar, vocab_size: int) -> None:
+    """RuntimeError if no token at all may begin the text: `{"$ref": "#"}`, `root ::= root`.
+
+    Both libraries compile a language without texts; a model that is asked to write one has nothing to sample from.
+    A language that turns out to be empty only further on is not seen here.
+    """
+    bitmask = torch.zeros(1, (vocab_size + 31) // 32, dtype=torch.int32)
+    filled = grammar.matcher().fill(bitmask, 0)
+    bitmask[:, -1] &= (1 << vocab_size % 32) - 1 if vocab_size % 32 else -1
+    if filled and not bitmask.any():
+        raise RuntimeError("the grammar matches nothing")
+
+
+def one_line(error: str) -> str:
+    """What a native library says, without its backtraces, its dumps of a state, and the lines of its own source.
+
+    xgrammar: "[17:35:01] /cpp/grammar.cc:9: Check failed: (x) is false: words"; llguidance: "words\\n<state>...".
+    """
+    words = re.split(r"\n<\w+>|<backtrace>|\nStack trace", error)[0]
+    words = re.sub(r"(\[[\d:]+\] )?\S+\.(cc|h):\d+: ", "", words)
+    words = re.sub(r"Check failed: \(.*?\) is (false|true): ?", "", words)
+    return " ".join(words.split()) or "it gives no reason"

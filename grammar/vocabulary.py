@@ -18,7 +18,7 @@ from tokenizer import Tokenizer
 class Vocabulary:
     """tokens [V]: the bytes of each id, b"" for one that is no text. V is the width of the model's output layer.
 
-    encode: text to ids, without the tokens that begin a prompt.
+    encode: text to the ids that spell it, without the tokens that begin a prompt.
     """
 
     def __init__(self, tokens: Sequence[bytes], stop_ids: Sequence[int], encode: Callable[[str], list[int]]):
@@ -37,7 +37,8 @@ class Vocabulary:
             b"" if piece is None else added[i].encode() if i in added else spell(piece)
             for i, piece in enumerate(pieces)
         ]
-        return cls(tokens, stop_ids, partial(tokenizer.encode, add_special_tokens=False))
+        byte_ids = {token: i for i, token in enumerate(tokens) if len(token) == 1}
+        return cls(tokens, stop_ids, partial(_encode, tokenizer, tokens, byte_ids))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,6 +54,19 @@ class Vocabulary:
         behind = _next_prefix(prefix)
         end = None if behind is None else bisect_left(self.ids_by_bytes, behind, key=self.tokens.__getitem__)
         return self.ids_by_bytes[first:end]
+
+
+def _encode(tokenizer: Tokenizer, tokens: Sequence[bytes], byte_ids: dict[bytes, int], text: str) -> list[int]:
+    """The ids that spell a text, byte by byte if the tokenizer's own do not: it may normalize what it reads.
+
+    Sentencepiece puts a space before a text, as if it were a prompt's beginning; behind something else it does not.
+    """
+    for before in ("", "\n"):
+        start = tokenizer.encode(before, add_special_tokens=False)
+        ids = tokenizer.encode(before + text, add_special_tokens=False)[len(start) :]
+        if b"".join(tokens[i] for i in ids) == text.encode():
+            return ids
+    return [byte_ids[bytes([byte])] for byte in text.encode()]
 
 
 def _next_prefix(prefix: bytes) -> bytes | None:
