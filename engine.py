@@ -21,21 +21,30 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from cache.pages import PagePool
 from cache.radix import EVICTION
 from checkpoint import Checkpoint, load
 from errors import EngineFailed, UserError
-from intake import Group, Intake, Prompt, check_ids
+from grammar.compiler import BACKENDS, Compiler
+from grammar.constraint import GrammarConstraint
+from grammar.finish import Finisher
+from grammar.masks import Ask, MaskFiller
+from grammar.matcher import Grammar
+from grammar.vocabulary import Vocabulary
+from intake import Group, Intake, Prompt
 from machine import cpp_compiler, free_memory, pick_device, pick_dtype, release_openmp_team
 from model import Transformer
 from output import Delta, RequestOutput
 from profiling import Recorder
 from runner import COMPILE_MODES, Runner, StepResults, compiled_graphs
 from scheduler.batch import Batch
-from scheduler.loop import Masks, normal_loop, overlap_loop
+from scheduler.loop import normal_loop, overlap_loop
 from scheduler.policy import REORDER
 from scheduler.request import Request, SamplingParams, TokenLogprob
 from scheduler.scheduler import Scheduler
@@ -45,6 +54,8 @@ from timeline import Timeline
 from tokenizer import Tokenizer
 
 __all__ = ["Engine", "SamplingParams"]
+
+PATIENCE = 0.05  # seconds that a step waits for a grammar when there is nothing else to do
 
 
 class Engine:
@@ -66,6 +77,8 @@ class Engine:
         overlap: bool = True,
         graphs: bool | None = None,
         attention: str = "auto",
+        grammar_backend: str = "auto",
+        jump_forward: bool = True,
         trace: str | Path | None = None,
     ):
         """Serve a model that is loaded already. Without a tokenizer, prompts are token ids and texts are empty.
@@ -75,11 +88,13 @@ class Engine:
         chunk_size: the token budget of a step. schedule_policy: fcfs, lpm, dfs-weight or priority. radix_eviction_policy: lru,
         lfu or fifo. radix, chunked_prefill, overlap: switches for what each is worth. graphs: `warm_up` records decodes as CUDA
         graphs (default: on a GPU; on a CPU a stand-in pads and copies alike). attention: reference, sdpa or triton (auto: triton
-        on a GPU, else sdpa). trace: a file for a timeline of the steps.
+        on a GPU, else sdpa). grammar_backend: xgrammar or llguidance (auto: whichever means what a schema says).
+        jump_forward: append what a grammar forces without a step for each token. trace: a file for a timeline of the steps.
         """
         _check_options(model, max_batch_size, max_model_len, page_size, chunk_size)
         _check_choice("schedule_policy", schedule_policy, REORDER)
         _check_choice("radix_eviction_policy", radix_eviction_policy, EVICTION)
+        _check_choice("grammar_backend", grammar_backend, BACKENDS)
         self.model, self.tokenizer, self.eos_token_ids = model, tokenizer, list(eos_token_ids)
         self.runner = Runner(model, page_size, max_batch_size, attention, graphs)
         largest = chunk_size if chunked_prefill else max_model_len or model.config.max_position
@@ -103,6 +118,13 @@ class Engine:
             eviction=radix_eviction_policy,
         )
         self.intake = Intake(tokenizer, eos_token_ids, model.config.vocab_size, self.max_model_len, self.scheduler)
+        self.masker = MaskFiller(1 + max_batch_size, model.config.vocab_size, pinned=self.runner.device.type == "cuda")
+        self.grammar_backend, self.jump_forward = grammar_backend, jump_forward
+        self.forced_tokens = 0  # that took no step of their own
+        self._grammars: Compiler | None = None
+        self._grammars_lock = threading.Lock()
+        self._compiling = 0  # prompts that wait for their grammar
+        self._posted = threading.Event()  # something is in the inbox
         self.steps = 0
         self.failure: BaseException | None = None  # of the device; the engine is unhealthy then
         self._groups: dict[str, Group] = {}  # of the requests that have not ended, by id
@@ -137,11 +159,12 @@ class Engine:
         eos = sorted({*checkpoint.eos_token_ids, *tokenizer.eos_token_ids})
         return cls(weights, tokenizer, eos, max_model_len=max_model_len, **options)
 
-    def compile(self, greedy: bool | None = None, mode: str = "default") -> Iterator[str]:
+    def compile(self, greedy: bool | None = None, mode: str = "default", masked: bool | None = None) -> Iterator[str]:
         """Compile every shape that serving will meet; yields the name of each before it, for a progress bar.
 
-        greedy: compile only the greedy (True) or only the sampling variant (False), when no other request will come. mode: one of
-        `runner.COMPILE_MODES`; "max-autotune" takes longer, and tries several kernels for each product.
+        greedy: compile only the greedy (True) or only the sampling variant (False), when no other request will come; masked: the
+        same for requests that are limited in what they may take. mode: one of `runner.COMPILE_MODES`; "max-autotune" takes
+        longer, and tries several kernels for each product.
         """
         _check_choice("mode", mode, COMPILE_MODES)
         if self.runner.device.type == "cpu" and cpp_compiler() is None:
@@ -149,11 +172,12 @@ class Engine:
         if self.runner.attention != "triton" and any(v.has_tensors for v in self.model.variants):
             raise UserError("--compile: a score mod with a tensor among its arguments compiles on a GPU only")
         self.runner.compile(mode)
-        return self.warm_up(greedy)
+        return self.warm_up(greedy, masked)
 
-    def warm_up(self, greedy: bool | None = None) -> Iterator[str]:
+    def warm_up(self, greedy: bool | None = None, masked: bool | None = None) -> Iterator[str]:
         """Meet every shape once, and record the CUDA graphs if there are to be any; yields as `compile` does."""
-        return self.runner.warm_up((True, False) if greedy is None else (greedy,))
+        both = (True, False)
+        return self.runner.warm_up(*(both if variant is None else (variant,) for variant in (greedy, masked)))
 
     # ---- requests in, text out
 
@@ -228,7 +252,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inbox) or (self.failure is None and self.scheduler.has_work)
+        return bool(self._inbox) or (self.failure is None and (self.scheduler.has_work or self._compiling > 0))
 
     def step(self) -> list[Delta]:
         """One step of whatever there is to do. Returns what became of it, for all requests.
@@ -245,6 +269,8 @@ class Engine:
                         self._inbox.popleft()
                 if self.failure is None:
                     next(self._loop)
+                    if self._compiling and not self.scheduler.has_work and self._posted.wait(PATIENCE):
+                        self._posted.clear()
             except BaseException as error:
                 self._fail(error)
                 if not isinstance(error, Exception):  # Ctrl-C
@@ -271,30 +297,38 @@ class Engine:
         if self._recorder is not None:
             self._recorder.add(results.span, idle=not self.scheduler.has_work)
 
-    def masks(self, batch: Batch) -> Masks:
-        """Ask what each request of a batch may take next; the loop calls this. Who gives no answer ends with an error."""
-        masks: Masks = []
-        for request, samples in zip(batch.requests, batch.samples, strict=True):
-            allowed, ask = None, request.params.allowed_tokens_fn
-            if ask is not None and samples and request.finish_reason is None:
-                try:
-                    allowed = list(ask(request.tokens.tolist()))
-                    check_ids("allowed_tokens_fn", allowed, self.model.config.vocab_size)
-                    allowed = [int(i) for i in allowed]
-                    if not allowed:
-                        raise UserError("allowed_tokens_fn allows no token")
-                except Exception as error:
-                    allowed = None
-                    self.scheduler.end(request, "error", f"{type(error).__name__}: {error}")
-                    self._emit(request, [])
-            masks.append(allowed)
-        return masks
+    def masks(self, batch: Batch) -> Tensor:
+        """The mask step; the loop calls this. What each request of a batch may take next, now that all before it is committed.
+
+        -> bitmask int32 [rows, ceil(V / 32)]. What needs no sampling is appended here. Who gives no answer ends with an error.
+        """
+        asked = [
+            (r, Ask(i, r.constraint, r.tokens, r.num_prompt + r.max_new_tokens - len(r.tokens)))
+            for i, r in enumerate(batch.requests)
+            if r.constraint is not None and batch.samples[i] and r.finish_reason is None
+        ]
+        answers = self.masker.fill([ask for _, ask in asked])
+        now = time.perf_counter()
+        for (request, _), answer in zip(asked, answers, strict=True):
+            if isinstance(answer, Exception):
+                self._end(request, "error", f"{type(answer).__name__}: {answer}")
+            elif answer is None:
+                self._end(request, "stop")
+            for n, token in enumerate(answer if isinstance(answer, list) else ()):
+                if request.finish_reason is None:
+                    self.forced_tokens += n > 0
+                    self.scheduler.force(request, token, sampled=n == 0)
+                    self._take_token(request, token, None, now)
+        return self.masker.bitmask
 
     def _take_token(self, request: Request, token: int, logprob: TokenLogprob | None, now: float) -> None:
         """The text side of a commit: detokenize, look for stop strings, pass it on."""
         request.metrics.token_times.append(now)
         if logprob is not None:
             request.logprobs.append(logprob)
+        if request.constraint is not None and not request.constraint.accept(token):
+            self._end(request, "error", f"token {token} was chosen, which the grammar refuses")
+            return
         group = self._live[request]
         text, ended = group.texts[request.index], request.finish_reason
         if ended in (None, "length"):  # the token of a stop id is not text
@@ -303,9 +337,18 @@ class Engine:
             text.finish()
         elif text.stopped_by is not None:
             self.scheduler.end(request, "stop", text.stopped_by)
-        if ended == "length" and text.stopped_by is not None:  # both at once: the stop string is the better reason
-            request.finish_reason, request.stop_reason = "stop", text.stopped_by
+        if ended == "length" and (
+            text.stopped_by is not None or (request.constraint is not None and request.constraint.whole)
+        ):
+            request.finish_reason, request.stop_reason = "stop", text.stopped_by  # both at once: the better reason
         self._emit(request, [token])
+
+    def _end(self, request: Request, reason: str, detail: str | None = None) -> None:
+        """End a request that runs, with the text it has."""
+        self.scheduler.end(request, reason, detail)
+        if (group := self._live.get(request)) is not None:
+            group.texts[request.index].finish()
+        self._emit(request, [])
 
     def _emit(self, request: Request, ids: list[int]) -> None:
         """Tell whoever waits what is new of a request; once it has ended, forget it."""
@@ -359,7 +402,7 @@ class Engine:
         with self._lock:
             driven = self._driver is not None
             if driven:
-                self._inbox.append(lambda: _fulfil(done, work))
+                self._post(partial(_fulfil, done, work))
         if not driven:
             with self._stepping:
                 _fulfil(done, work)
@@ -386,6 +429,8 @@ class Engine:
             new_token_ratio=s.ratio,
             steps=self.steps,
             steps_replayed=self.runner.steps_replayed,
+            forced_tokens=self.forced_tokens,
+            grammars=self._grammars and self._grammars.stats(),
             compiled_graphs=compiled_graphs(),
             captured_graphs=len(self.runner.replays),
             tokens_per_second=self._throughput.rate(),
@@ -432,6 +477,10 @@ class Engine:
         """Queue groups, all or none, for the next step to take in."""
         if self.runner.device.type == "cpu":
             release_openmp_team()  # the caller's: its threads would get in the way of the device's
+        for group in groups:
+            if group.spec is not None:
+                self.grammars.check(group.spec)
+        grammars = [None if group.spec is None else self.grammars.compile(group.spec) for group in groups]
         with self._lock:
             if self.failure is not None:
                 raise EngineFailed(f"the engine has failed and takes no requests: {self.failure}")
@@ -439,23 +488,65 @@ class Engine:
                 if group.id in self._groups:
                     raise UserError(f"request id {group.id!r} is in use")
             now = time.perf_counter()
-            for group in groups:
+            for group, compiled in zip(groups, grammars, strict=True):
                 self._groups[group.id] = group
                 for request in group.requests:
                     request.metrics.queued_at = now
-                self._inbox.append(lambda group=group: self._take_in(group))
+                self._post(partial(self._take_in, group, compiled))
 
-    def _take_in(self, group: Group) -> None:
-        if self.failure is None:
-            for request in group.requests:
-                self._live[request] = group
+    def _take_in(self, group: Group, compiled: "Future[Grammar] | None") -> None:
+        """Queue the requests of a group, or wait for their grammar first."""
+        if self.failure is not None:
+            return
+        for request in group.requests:
+            self._live[request] = group
+            if compiled is None:
                 self.scheduler.add(request)
+        if compiled is not None:
+            self._compiling += 1
+            compiled.add_done_callback(lambda _: self._post(partial(self._join, group, compiled)))
+
+    def _join(self, group: Group, compiled: "Future[Grammar]") -> None:
+        """A grammar is ready, or has failed."""
+        self._compiling -= 1
+        for request in group.requests:
+            if request.finish_reason is not None:
+                continue
+            if (error := compiled.exception()) is not None:
+                self._end(request, "error", str(error))
+            else:
+                request.constraint = self._constraint(request, compiled.result())
+                self.scheduler.add(request)
+
+    def _post(self, work: Callable[[], Any]) -> None:
+        """Have something done before the next step."""
+        self._inbox.append(work)
+        self._posted.set()
+
+    def _constraint(self, request: Request, grammar: "Grammar") -> GrammarConstraint:
+        params, vocabulary = request.params, self.grammars.vocabulary
+        jump = self.jump_forward and params.logprobs is None  # a forced token has no logits of its own
+        finisher = Finisher(vocabulary, request.max_new_tokens) if params.json_finish else None
+        return GrammarConstraint(grammar.matcher(), vocabulary, jump, finisher)
+
+    @property
+    def grammars(self) -> Compiler:
+        """Made when the first request asks for one, in its thread: the tables of a large vocabulary take half a second."""
+        with self._grammars_lock:
+            if self._grammars is None:
+                vocabulary = Vocabulary.of(self.tokenizer, self.model.config.vocab_size, self.eos_token_ids)
+                (
+                    Finisher(vocabulary, max_new_tokens=1),
+                    vocabulary.ids_by_bytes,
+                )  # whose tables the loop must not wait for
+                self._grammars = Compiler(vocabulary, self.grammar_backend)
+            return self._grammars
 
     def _abort_soon(self, group: Group) -> None:
         """This very group: its id may be another's by now."""
         with self._lock:
             if self._groups.get(group.id) is group:
-                self._inbox.append(lambda: self._abort(group))
+                self._post(partial(self._abort, group))
 
     def _abort(self, group: Group) -> None:
         for request in group.requests:

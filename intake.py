@@ -11,9 +11,13 @@ import uuid
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
+from typing import Any
 
 from errors import UserError
+from grammar.constraint import AllowedTokens
+from grammar.spec import Spec
 from output import CompletionOutput, RequestOutput, TextStream
 from scheduler.request import Request, SamplingParams, resolve_stop_ids
 from scheduler.scheduler import Scheduler
@@ -31,6 +35,7 @@ class Group:
     prompt: str | None
     requests: list[Request]
     texts: list[TextStream]
+    spec: Spec | None = None  # what its output must be; a grammar has to be compiled first
     stream: "weakref.ref[Stream] | None" = None  # weak: a stream that its reader drops must die, and abort
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -43,6 +48,7 @@ class Group:
                 finish_reason=r.finish_reason,
                 stop_reason=r.stop_reason,
                 logprobs=r.logprobs if r.params.logprobs is not None else None,
+                parsed=parsed(r, text.text),
                 metrics=r.metrics,
             )
             for r, text in zip(self.requests, self.texts, strict=True)
@@ -80,6 +86,9 @@ class Intake:
             raise UserError(f"priority is {priority!r}; it must be a whole number")
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
             raise UserError(f"cache_salt is {cache_salt!r}; it must be a text that is not empty")
+        spec = spec_of(params)
+        if spec is not None and self.tokenizer is None:
+            raise UserError(f"{spec.kind}: this engine has no tokenizer to spell it with")
         id = request_id if request_id is not None else f"request-{uuid.uuid4().hex}"
         seed = params.seed if params.seed is not None else random.getrandbits(62)
         stop_ids = resolve_stop_ids(params, self.eos_token_ids)
@@ -92,12 +101,19 @@ class Intake:
             )
             for i in range(1, params.n)
         ]  # fmt: skip
+        if params.allowed_tokens_fn is not None:
+            for request in (first, *others):
+                request.constraint = AllowedTokens(params.allowed_tokens_fn, self.vocab_size, self._check_allowed)
         return Group(
             id,
             prompt if isinstance(prompt, str) else None,
             [first, *others],
             [TextStream(self._detokenizer(params), params.stop) for _ in range(params.n)],
+            spec,
         )
+
+    def _check_allowed(self, ids: Sequence[int]) -> None:
+        check_ids("allowed_tokens_fn", ids, self.vocab_size)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -134,6 +150,41 @@ def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
     bad = [i for i in ids if not isinstance(i, Integral) or not 0 <= i < vocab_size]
     if bad:
         raise UserError(f"{what} has token id {bad[0]!r}; the vocabulary has ids 0 to {vocab_size - 1}")
+
+
+def spec_of(params: SamplingParams) -> Spec | None:
+    """What a request asks of its output. UserError if that is not valid in itself, or if it asks for two things."""
+    free = not params.disable_any_whitespace
+    specs = {
+        "json_schema": params.json_schema is not None and partial(Spec.json_schema, params.json_schema, free),
+        "json_object": params.json_object and partial(Spec.json_object, free),
+        "regex": params.regex is not None and partial(Spec.regex, params.regex),
+        "ebnf": params.ebnf is not None and partial(Spec.ebnf, params.ebnf),
+        "choices": params.choices is not None and partial(Spec.choices, params.choices),
+        "structural_tag": params.structural_tag is not None
+        and partial(Spec.structural_tag, params.structural_tag, free),
+        "allowed_tokens_fn": params.allowed_tokens_fn is not None and (lambda: None),
+    }
+    asked = {name: make for name, make in specs.items() if make}
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} are given; a request has one of them at most")
+    for make in asked.values():
+        return make()
+    if params.json_finish or params.disable_any_whitespace:
+        given = "json_finish" if params.json_finish else "disable_any_whitespace"
+        raise UserError(f"{given} is given, but nothing that says what the output must be")
+    return None
+
+
+def parsed(request: Request, text: str) -> Any:
+    """A text that is whole, as an object of the pydantic model that was asked for. None: it is not, or the model refuses it."""
+    model = request.params.json_schema
+    if request.finish_reason != "stop" or not isinstance(model, type):
+        return None
+    try:
+        return model.model_validate_json(text)
+    except ValueError:  # a stop string may have cut it off; and a model can want more than its schema says
+        return None
 
 
 def _int64(n: int) -> int:

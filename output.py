@@ -4,6 +4,7 @@ python -m pytest tests/test_output.py
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from detokenizer import Detokenizer
 from scheduler.request import RequestMetrics, TokenLogprob
@@ -73,6 +74,7 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
+    parsed: Any = None  # an object, where json_schema is a pydantic model and the text is whole
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 

@@ -3,10 +3,10 @@
 `step.py` has the step as plain functions. This is the only place that makes them fast, by re-binding them:
 
     self.decode = torch.compile(decode, fullgraph=True)          as one graph, which `fullgraph=True` asserts
-    self.replays[n, greedy] = CudaReplay(...)                    as one launch, for each bucket of rows
+    self.replays[n, "greedy"] = CudaReplay(...)                    as one launch, for each bucket of rows
 
 Eager, compiled and replayed are the same code. Sizes that change are marked dynamic, so there are three graphs of the model (one
-row, many rows, any mixture with chunks of prompts) and two or four of the sampling. `warm_up` meets all of them; after that
+row, many rows, any mixture with chunks of prompts) and two to eight of the sampling. `warm_up` meets all of them; after that
 nothing is compiled or captured, which `compiled_graphs` and `len(runner.replays)` can prove.
 
 What lies on the device stays there: pages, page table, sampling parameters, each row's last token and length. A step brings only
@@ -21,6 +21,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -32,7 +33,7 @@ from cache.pages import kv_cache
 from device import Pending, from_host, open_stream
 from graphs import Recorder, Replay, buckets, recorder
 from kernels.dispatch import choose_backend
-from kernels.sampling import PROMPT_BIT, SamplingTensors, logprobs, pack_bitmask
+from kernels.sampling import PROMPT_BIT, SamplingTensors, logprobs
 from machine import cache_dir
 from model import Transformer
 from scheduler.batch import Batch, Changes
@@ -76,12 +77,16 @@ class Runner:
         self.extend: Callable[..., Tensor] = extend
         self.choose: Callable[..., tuple[Tensor, Tensor]] = choose
         self.compiled = False
-        self.replays: dict[tuple[int, bool], Replay] = {}  # by rows, and whether all are greedy
+        self.replays: dict[
+            tuple[int, str], Replay
+        ] = {}  # by rows, and "greedy", "sampled" or "forward", which chooses nothing
         self.buckets = buckets(max_batch_size)
         self.steps_replayed = 0
         self._warming_up = False
         with torch.inference_mode():  # as all else that a step is given
             self._rows = torch.zeros(max_batch_size, dtype=torch.int64, device=self.device)  # of the decode before
+            words = -(-model.config.vocab_size // 32)  # of a mask, and a row more than there are requests, for padding
+            self.bitmask = torch.zeros(max_batch_size + 1, words, dtype=torch.int32, device=self.device)
         self._rows_known: list[int] = []  # what the host knows to be there
 
     def allocate(self, pages: int, max_model_len: int) -> None:
@@ -112,11 +117,8 @@ class Runner:
 
     def run(self, batch: Batch) -> list[Tensor]:
         """On the stream: the whole of a step. -> tokens [B], finite [B], and `logprobs` of them if somebody wants any."""
-        bucket = self.bucket(batch)
-        if (replay := self.replays.get((bucket, batch.greedy))) is not None:
-            self.bring_rows(batch, bucket)
-            self.steps_replayed += 1
-            return replay()
+        if (results := self.replay(batch, "greedy" if batch.greedy else "sampled")) is not None:
+            return results
         logits, rows = self.forward(batch)
         if self._warming_up:
             will_change(0, logits, rows)
@@ -124,15 +126,18 @@ class Runner:
 
     def run_forward(self, batch: Batch) -> list[Tensor]:
         """On the stream: a step up to its logits."""
-        self._held = self.forward(batch)
+        results = self.replay(batch, "forward")
+        self._held = self.forward(batch) if results is None else (*results, self._rows[: self.bucket(batch)])
         return []
 
-    def run_choose(self, batch: Batch, masks: list[Sequence[int] | None]) -> list[Tensor]:
-        """On the stream: the rest of that step, eager. masks [B]: the tokens that each may take; None = all."""
+    def run_choose(self, batch: Batch, bitmask: Tensor) -> list[Tensor]:
+        """On the stream: the rest of that step. bitmask: of the host, at least as many rows as there are logits."""
         logits, rows = self._held
-        everything = [None] * (len(logits) - len(masks))  # for padding
-        bitmask = pack_bitmask(masks + everything, logits.shape[1]).to(self.device)
-        return self.finish(batch, logits, *choose(self.state, logits, rows, self.attention, batch.greedy, bitmask))
+        mask = self.bitmask[: len(rows)]
+        mask.copy_(bitmask[: len(rows)], non_blocking=True)
+        if self._warming_up:
+            will_change(0, logits, rows, mask)
+        return self.finish(batch, logits, *self.choose(self.state, logits, rows, self.attention, batch.greedy, mask))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """-> logits [B, V], and the rows [B] whose next tokens they are about (0: nobody's)."""
@@ -146,7 +151,17 @@ class Runner:
         if self._warming_up:
             for dim in (0, 1):
                 will_change(dim, *tensors_in(inputs))
-        return self.extend(self.model, self.kv, self.state, inputs), rows
+        n = min(len(rows), self.max_batch_size)  # an engine of one row leaves the padding out: one graph less to choose
+        return self.extend(self.model, self.kv, self.state, inputs)[:n], rows[:n]
+
+    def replay(self, batch: Batch, kind: str) -> list[Tensor] | None:
+        """Replay what is recorded of that kind for as many rows; None if nothing is."""
+        bucket = self.bucket(batch)
+        if (replay := self.replays.get((bucket, kind))) is None:
+            return None
+        self.bring_rows(batch, bucket)
+        self.steps_replayed += 1
+        return replay()
 
     def bucket(self, batch: Batch) -> int:
         """The rows that a batch is padded to in a replay; 0 for a kind that is not recorded."""
@@ -192,16 +207,20 @@ class Runner:
         """Do what a batch wants done before it computes. -> these lists on the device."""
         for source, target in changes.copies:
             self.copy(source, target)
-        for request in changes.admitted:
-            self.set_row(request)
+        for request, tokens in changes.admitted.items():
+            self.set_row(request, tokens)
         cells = [(row, column + i, page) for row, column, pages in changes.tables for i, page in enumerate(pages)]
-        lists = [[cell[i] for cell in cells] for i in range(3)] + list(lists)
+        lists = [*transposed(cells, 3), *transposed(changes.forced, 2), *lists]
         values = [value for values in lists for value in values]
         if not values:
             return []
-        row, column, page, *sent = from_host(values, self.device).split([len(values) for values in lists])
+        sizes = [len(values) for values in lists]
+        row, column, page, forced_row, token, *sent = from_host(values, self.device).split(sizes)
         if cells:
             self.page_table[row, column] = page
+        if changes.forced:
+            once = torch.ones_like(token, dtype=torch.int32)
+            self.state.seen.index_put_((forced_row, token), once, accumulate=True)
         return sent
 
     def copy(self, source: int, target: int) -> None:
@@ -211,8 +230,8 @@ class Runner:
             for t in layer:
                 t[target * size : (target + 1) * size] = t[source * size : (source + 1) * size]
 
-    def set_row(self, request: Request) -> None:
-        """Write a request's sampling parameters to its row, and which tokens it has so far."""
+    def set_row(self, request: Request, tokens: int) -> None:
+        """Write a request's sampling parameters to its row, and which tokens it had when it was admitted: the first so many."""
         p, s, row = request.params, self.state, request.row
         s.temperature[row], s.top_k[row], s.top_p[row], s.min_p[row] = p.temperature, p.top_k, p.top_p, p.min_p
         s.repetition_penalty[row] = p.repetition_penalty
@@ -224,8 +243,8 @@ class Runner:
         s.bias_values[row] = self._padded(p.logit_bias.values(), s.bias_values.shape[1], 0)
         s.seen[row] = 0
         s.seen[row, from_host(request.prompt_ids, self.device)] = PROMPT_BIT
-        if request.new_tokens:  # it comes back from a preemption
-            output = from_host(request.output_ids, self.device)
+        if tokens > request.num_prompt:  # it comes back from a preemption
+            output = from_host(request.tokens[request.num_prompt : tokens].tolist(), self.device)
             s.seen[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
     def _padded(self, values: Iterable[float], size: int, fill: float) -> Tensor:
@@ -247,32 +266,47 @@ class Runner:
         )
         self.compiled = True
 
-    def warm_up(self, greedy_variants: Collection[bool] = (True, False)) -> Iterator[str]:
-        """Meet every shape once, on padding, then record the decodes. Yields the name of each before it."""
+    def warm_up(
+        self, greedy_variants: Collection[bool] = (True, False), masked_variants: Collection[bool] = (False, True)
+    ) -> Iterator[str]:
+        """Meet every shape once, on padding, then record the decodes. Yields the name of each before it.
+
+        masked_variants: whether batches will come with requests that are limited in what they may take, and without.
+        """
         history, chunk = min(TYPICAL_HISTORY, self.max_model_len), min(TYPICAL_CHUNK, self.max_model_len)
         self._warming_up = self.compiled
-        for greedy in greedy_variants:
+        for greedy, masked in product(greedy_variants, masked_variants):
             shapes = [padding(greedy, [history - 1] * n) for n in sorted({self.max_batch_size, 1}, reverse=True)]
-            for batch in [*shapes, padding(greedy, [0, 0, 0], [1, 1, chunk])]:
-                yield f"{len(batch.requests)} rows, {len(batch.ids)} tokens, {'greedy' if greedy else 'sampled'}"
-                self.stream.submit(partial(self.run, batch)).result()
+            for batch in [
+                *shapes,
+                padding(greedy, [0, 0, 0][: self.max_batch_size], [1, 1, chunk][-self.max_batch_size :]),
+            ]:
+                name = f"{'greedy' if greedy else 'sampled'}{', masked' if masked else ''}"
+                yield f"{len(batch.requests)} rows, {len(batch.ids)} tokens, {name}"
+                self.stream.submit(partial(self.run_forward if masked else self.run, batch)).result()
+                if masked:
+                    everything = torch.full(self.bitmask.shape, -1, dtype=torch.int32)
+                    self.stream.submit(partial(self.run_choose, batch, everything)).result()
         self._warming_up = False
         if self.graphs:
             record, pool = recorder(self.device)
-            for n in reversed(self.buckets):
-                for greedy in greedy_variants:
-                    yield f"graph of {n} rows, {'greedy' if greedy else 'sampled'}"
-                    self.stream.submit(partial(self.record, record, pool, n, greedy)).result()
+            kinds = ["greedy"] * (True in greedy_variants) + ["sampled"] * (False in greedy_variants)
+            kinds = kinds * (False in masked_variants) + ["forward"] * (True in masked_variants)
+            for n, kind in product(reversed(self.buckets), kinds):
+                yield f"graph of {n} rows, {kind}"
+                self.stream.submit(partial(self.record, record, pool, n, kind)).result()
 
-    def record(self, record: Recorder, pool: Any, n: int, greedy: bool) -> list[Tensor]:
-        """On the stream: record a decode of n rows."""
-        rows, table = self.bring_rows(padding(greedy, [0] * n), n), self.columns(self.max_model_len)
+    def record(self, record: Recorder, pool: Any, n: int, kind: str) -> list[Tensor]:
+        """On the stream: record a decode of n rows, with the choice of tokens or without."""
+        rows, table = self.bring_rows(padding(True, [0] * n), n), self.columns(self.max_model_len)
 
-        def whole_step() -> tuple[Tensor, Tensor]:
+        def step() -> tuple[Tensor, ...]:
             logits = self.decode(self.model, self.kv, self.state, table, rows, self.page_size, self.attention)
-            return self.choose(self.state, logits, rows, self.attention, greedy)
+            if kind == "forward":
+                return (logits,)
+            return self.choose(self.state, logits, rows, self.attention, kind == "greedy")
 
-        self.replays[n, greedy] = record(whole_step, pool)
+        self.replays[n, kind] = record(step, pool)
         return []
 
 
@@ -284,7 +318,8 @@ class LaunchedStep:
         self.pending: Pending = runner.stream.submit(partial(runner.run_forward if batch.masked else runner.run, batch))
         self._first = self.pending
 
-    def sample(self, masks: list[Sequence[int] | None]) -> None:
+    def sample(self, masks: Tensor) -> None:
+        """masks: bitmask int32 of the host, a row for each of the batch and for its padding."""
         self.pending = self._runner.stream.submit(partial(self._runner.run_choose, self._batch, masks))
 
     def wait(self) -> StepResults:
@@ -333,6 +368,11 @@ def will_change(dim: int, *tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.dim() > dim and tensor.shape[dim] > 1:
             torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def transposed(tuples: Sequence[Sequence[int]], width: int) -> list[list[int]]:
+    """[n] tuples of `width` -> `width` lists of n."""
+    return [[each[i] for each in tuples] for i in range(width)]
 
 
 def tensors_in(thing: object) -> list[Tensor]:

@@ -4,6 +4,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from grammar.compiler import CompilerStats
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -22,6 +24,10 @@ class Stats:
     new_token_ratio: float  # share of max_new_tokens that a request is expected to use
     steps: int
     steps_replayed: int  # of those: decodes that were one replay of a CUDA graph
+    forced_tokens: int  # that a grammar left no choice about, and that took no step of their own
+    grammars: (
+        CompilerStats | None
+    )  # hits, misses, refusals and more of the grammar compiler; None before the first is asked for
     compiled_graphs: int  # that torch.compile has made in this process; grows in the warm-up only
     captured_graphs: int  # CUDA graphs; likewise
     tokens_per_second: float  # sampled, over the last seconds

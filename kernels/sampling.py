@@ -10,10 +10,8 @@ the softmax without computing it (Gumbel-max). `kernels.sampler` does the same o
     python -m pytest tests/test_sampling.py
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,14 +100,6 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor) -> Tensor:
         raise ValueError(f"bitmask is {found}: for {V} tokens it must be torch.int32 [{B}, {-(-V // 32)}]")
     bits = bitmask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bitmask.device) & 1
     return logits.masked_fill(bits.flatten(1)[:, :V] == 0, float("-inf"))
-
-
-def pack_bitmask(allowed: Sequence[Sequence[int] | None], vocab_size: int) -> Tensor:
-    """The tokens that each of B rows may take, None = all -> int32 [B, ceil(V / 32)] on the CPU, as `apply_bitmask` takes it."""
-    bits = np.zeros((len(allowed), -(-vocab_size // 32) * 32), dtype=bool)
-    for row, ids in zip(bits, allowed, strict=True):
-        row[slice(None) if ids is None else list(ids)] = True
-    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view("<i4"))
 
 
 def apply_penalties(logits: Tensor, p: SamplingTensors, positions: Tensor) -> Tensor:

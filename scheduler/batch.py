@@ -13,8 +13,11 @@ class Changes:
     """What a step has to do on the device before it computes, in this order."""
 
     copies: list[tuple[int, int]] = field(default_factory=list)  # page to page
-    admitted: list[Request] = field(default_factory=list)  # whose sampling parameters go to their rows
+    admitted: dict[Request, int] = field(
+        default_factory=dict
+    )  # whose parameters go to their rows, and its tokens so far
     tables: list[tuple[int, int, list[int]]] = field(default_factory=list)  # row, first column, its new pages
+    forced: list[tuple[int, int]] = field(default_factory=list)  # row, a token that counts as sampled there
 
 
 @dataclass(slots=True)
@@ -49,4 +52,4 @@ class Batch:
     @property
     def masked(self) -> bool:
         """Has the host to say which tokens some of them may take?"""
-        return any(r.params.allowed_tokens_fn is not None for r in self.requests)
+        return any(r.constraint is not None for r in self.requests)

@@ -16,13 +16,13 @@ request the forward is launched, the host catches up, the mask is filled, then s
     python -m bench.overlap
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from scheduler.batch import Batch
 from scheduler.scheduler import Scheduler
 
-Masks = list[Sequence[int] | None]  # [B] the tokens that each request may take; None = all
+Masks = Any  # whatever runner and host have agreed on
 
 
 class Step(Protocol):

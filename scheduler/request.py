@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from cache.radix import Namespace, Node
 from errors import UserError
@@ -43,6 +44,16 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: no logprobs; n: of the chosen token and the n likeliest
     skip_special_tokens: bool = True
+    json_schema: str | bool | dict[str, Any] | type | None = (
+        None  # text, dict or pydantic model; at most one of these six
+    )
+    json_object: bool = False
+    regex: str | None = None
+    ebnf: str | None = None
+    choices: Sequence[str] | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    json_finish: bool = False  # bring the text to a valid end before max_new_tokens runs out
+    disable_any_whitespace: bool = False  # JSON with the separators ", " and ": " and no other whitespace
     allowed_tokens_fn: Callable[[list[int]], Sequence[int]] | None = None  # prompt + output ids -> what may come next
 
     def __post_init__(self) -> None:
@@ -142,9 +153,9 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "computed", "finish_reason", "id", "in_flight", "index", "last", "leader", "logprobs", "max_new_tokens",
-        "metrics", "namespace", "node", "num_prompt", "pages", "params", "passed_over", "priority", "row", "seed", "shared",
-        "state", "stop_ids", "stop_reason", "tokens",
+        "arrival", "computed", "constraint", "finish_reason", "id", "in_flight", "index", "last", "leader", "logprobs",
+        "max_new_tokens", "metrics", "namespace", "node", "num_prompt", "pages", "params", "passed_over", "priority", "row",
+        "seed", "shared", "state", "stop_ids", "stop_reason", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -168,6 +179,9 @@ class Request:
         self.last = self.num_prompt + max_new_tokens - 1  # position of the last token, which is never computed
         self.leader = leader  # the first sample of the same prompt; None for that one
         self.namespace, self.priority = namespace, priority
+        self.constraint: Any = (
+            None  # what limits its tokens beyond the params; the engine's, here only to be there or not
+        )
         self.state = State.WAITING
         self.row = 0  # of the device's static tensors; 0 = none
         self.pages: list[int] = []

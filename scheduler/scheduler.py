@@ -115,19 +115,22 @@ class Scheduler:
         return batch
 
     def _grow(self) -> bool:
-        """A page for each running request whose last one is full. False: a step must come home first."""
+        """A page for each running request whose last one is full; what forced tokens need. False: a step must come home first."""
         size = self.pool.page_size
-        growing = [r for r in self.running if r.computed == len(r.pages) * size and r.computed < r.last]
-        while len(growing) > self.available_pages:
+        missing = {r: 1 for r in self.running if r.computed == len(r.pages) * size and r.computed < r.last}
+        missing |= {r: n for r in self.prefilling if (n := self.pool.pages_for(len(r.tokens)) - len(r.pages))}
+        while (total := sum(missing.values())) > self.available_pages:
             if self._in_flight:  # it may end requests; and who is in flight cannot be preempted
                 return False
             victim = min((*self.running, *self.prefilling), key=self._loss)
             self.preempt(victim)
             self._expect_more()
-            growing = [r for r in growing if r is not victim]
-        for request, page in zip(growing, self._allocate(len(growing)), strict=True):
-            self._changes.tables.append((request.row, len(request.pages), [page]))
-            request.pages.append(page)
+            missing.pop(victim, None)
+        pages = self._allocate(total)
+        for request, count in missing.items():
+            new, pages = pages[:count], pages[count:]
+            self._changes.tables.append((request.row, len(request.pages), new))
+            request.pages += new
         return True
 
     def _decode(self, batch: Batch) -> None:
@@ -226,7 +229,7 @@ class Scheduler:
         self._copy_last_page(request)
         request.state = State.PREFILLING
         self.prefilling[request] = self.computing[request] = None
-        self._changes.admitted.append(request)
+        self._changes.admitted[request] = len(request.tokens)
         self._changes.tables.append((request.row, 0, list(request.pages)))
         if request.metrics.admitted_at is None:
             request.metrics.admitted_at = time.perf_counter()
@@ -269,12 +272,29 @@ class Scheduler:
                 continue
             if i >= batch.decodes:
                 self._share(r, batch.starts[i] + batch.lengths[i], whole=batch.samples[i])
-            if batch.samples[i]:
+            if batch.samples[i] and batch.starts[i] + batch.lengths[i] == len(
+                r.tokens
+            ):  # else it was forced, and is there
                 r.append(tokens[i])
                 taken.append(i)
                 if r.state is State.FINISHED:
                     self._leave(r)
         return taken
+
+    def force(self, request: Request, token: int, sampled: bool) -> None:
+        """Give a request that runs its next token without sampling it. What is forced is computed in one chunk.
+
+        `sampled`: the step that is on its way will sample this very token, for its mask allows no other.
+        """
+        if not sampled:
+            self._changes.forced.append((request.row, token))
+        request.append(token)
+        if request.state is State.FINISHED:
+            self._leave(request)
+        elif len(request.tokens) - request.computed > 1 and request in self.running:
+            del self.running[request]
+            self.prefilling[request] = None
+            request.state = State.PREFILLING
 
     def end(self, request: Request, reason: str, detail: int | str | None = None) -> None:
         """End a request from outside (stop string, abort, error), whatever its state. Ended already: nothing happens."""
@@ -343,6 +363,7 @@ class Scheduler:
         self.pool.free(request.pages[request.shared :])
         if not self.radix:
             self.pool.free(self.tree.prune(request.node))
+        self._changes.forced = [(row, token) for row, token in self._changes.forced if row != request.row]
         self.free_rows.append(request.row)
         request.row, request.pages, request.node, request.shared = 0, [], None, 0
 

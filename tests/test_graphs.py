@@ -58,13 +58,13 @@ def test_what_a_replay_returns_is_safe_from_the_next():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_same_tokens_and_nothing_captured_after_the_warm_up(device: str):
-    """Greedy, sampled, penalised, with logprobs; more requests than rows; every batch size from 1 to 5, so padding too."""
+    """Greedy, sampled, penalised, masked, with logprobs; more requests than rows; every batch size from 1 to 5, so padding too."""
     eager = make_engine(device, graphs=False)
     seeds = [random.randrange(1 << 30) for _ in range(4)]
     expected = [tokens(eager, seed) for seed in seeds]
     engine = recorded(device)
     captured = engine.stats().captured_graphs
-    assert captured == 2 * len(buckets(5)) == 8
+    assert captured == 3 * len(buckets(5)) == 12  # a step, greedy and sampled; the forward alone
     assert [tokens(engine, seed) for seed in seeds] == expected, f"seeds {seeds}"
     stats = engine.stats()
     assert stats.captured_graphs == captured and 0 < stats.steps_replayed < stats.steps
@@ -124,7 +124,7 @@ def test_a_steady_decode_brings_nothing(monkeypatch, graphs: bool):
         pass
     sent = []
     from_host = runner_module.from_host
-    monkeypatch.setattr(engine.runner, "set_row", lambda request: None)  # its own copies, once for each request
+    monkeypatch.setattr(engine.runner, "set_row", lambda request, tokens: None)  # its own copies, once for each request
     monkeypatch.setattr(
         runner_module, "from_host", lambda values, on: sent.append(list(values)) or from_host(values, on)
     )
@@ -136,7 +136,7 @@ def test_a_steady_decode_brings_nothing(monkeypatch, graphs: bool):
 def test_buffers_stay_where_they_are():
     engine = recorded()
     r = engine.runner
-    tensors = [r.page_table, r._rows, *(t for pair in r.kv for t in pair), *vars(r.state).values()]
+    tensors = [r.page_table, r._rows, r.bitmask, *(t for pair in r.kv for t in pair), *vars(r.state).values()]
     addresses = [t.data_ptr() for t in tensors]
     tokens(engine, 0)
     assert [t.data_ptr() for t in tensors] == addresses

@@ -40,7 +40,7 @@ def make_engine(device: str = "cpu", knobs: dict | None = None, **options) -> En
 
 
 def workload(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts of 1 to 60 tokens: greedy, sampled, penalised and filtered ones side by side."""
+    """Prompts of 1 to 60 tokens: greedy, sampled, penalised, filtered and masked ones side by side."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 60))] for _ in range(12)]
     kinds = [
@@ -49,6 +49,8 @@ def workload(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
         dict(temperature=1.2, seed=8, top_k=9, top_p=0.8, min_p=0.01),
         dict(temperature=0, repetition_penalty=1.3, logprobs=3),
         dict(seed=9, frequency_penalty=0.5, presence_penalty=0.2, logit_bias={5: 3.0}),
+        dict(temperature=0, allowed_tokens_fn=lambda ids: range(len(ids) % 5, VOCAB, 3)),
+        dict(temperature=1.0, seed=10, allowed_tokens_fn=lambda ids: range(len(ids) % 7, VOCAB, 2)),
     ]
     return prompts, [SamplingParams(max_new_tokens=rng.randint(1, 30), **rng.choice(kinds)) for _ in prompts]
 
@@ -62,9 +64,10 @@ def test_compiled_gives_the_same_tokens_and_compiles_nothing_after_the_warm_up()
     expected = [tokens(eager, seed) for seed in range(4)]
     engine = make_engine()
     before = compiled_graphs()
-    assert len(list(engine.compile())) == 6
+    assert len(list(engine.compile())) == 12
     graphs = engine.stats().compiled_graphs
-    assert graphs - before == 3 + 4  # decode of one row, of many, prompts; one row and many, greedy and sampled
+    # decode of one row, of many, prompts; one row and many, greedy and sampled, masked and not
+    assert graphs - before == 3 + 8
     assert [tokens(engine, seed) for seed in range(4)] == expected
     assert engine.stats().compiled_graphs == graphs
     engine.check()
@@ -76,8 +79,10 @@ def test_compiled_for_one_row_at_a_time():
     greedy = SamplingParams(temperature=0, max_new_tokens=20)
     expected = [out.outputs[0].token_ids for out in make_engine().generate(prompts, greedy)]
     engine = make_engine(max_batch_size=1)
-    assert len(list(engine.compile(greedy=True))) == 2
+    before = compiled_graphs()
+    assert len(list(engine.compile(greedy=True, masked=False))) == 2
     graphs = compiled_graphs()
+    assert graphs - before == 3  # a decode, a prompt, and one choice for both
     assert not engine.model.head.packed
     assert [out.outputs[0].token_ids for out in engine.generate(prompts, greedy)] == expected
     assert compiled_graphs() == graphs

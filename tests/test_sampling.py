@@ -20,7 +20,6 @@ from kernels.sampling import (
     filter_logits,
     gumbel_noise,
     logprobs,
-    pack_bitmask,
     sample,
 )
 
@@ -227,15 +226,6 @@ def test_spare_bits_of_a_bitmask_mean_nothing():
     logits, bitmask = random_logits(0, vocab=50), torch.zeros(6, 2, dtype=torch.int32)
     assert apply_bitmask(logits, bitmask + torch.tensor([0, -1 << 18], dtype=torch.int32)).eq(-INF).all()
     assert apply_bitmask(logits, bitmask + torch.tensor([-1, (1 << 18) - 1], dtype=torch.int32)).equal(logits)
-
-
-@pytest.mark.parametrize("vocab", [1, 32, 50, 151])
-def test_pack_bitmask(vocab: int):
-    lists = [None, [], list(range(0, vocab, 3)), (vocab - 1,)]
-    packed = pack_bitmask(lists, vocab)
-    assert packed.dtype == torch.int32 and packed.shape == (4, -(-vocab // 32))
-    for row, ids in zip(allowed(packed, vocab), lists, strict=True):
-        assert row.nonzero().flatten().tolist() == (list(range(vocab)) if ids is None else list(ids))
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.3}, {"min_p": 1.0}], ids=str)

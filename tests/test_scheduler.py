@@ -110,14 +110,14 @@ def test_a_request_from_prompt_to_end():
     batch = s.plan()
     assert (batch.requests, batch.ids, batch.starts, batch.lengths) == ([r], r.prompt_ids, [0], [5])
     assert (batch.samples, batch.decodes) == ([True], 0)
-    assert (batch.changes.admitted, batch.changes.tables) == ([r], [(r.row, 0, r.pages)])
+    assert (batch.changes.admitted, batch.changes.tables) == ({r: 5}, [(r.row, 0, r.pages)])
     assert batch.changes.copies == []
     assert r.state is State.RUNNING and r.row > 0 and len(r.pages) == 2 and r.in_flight == 1
     assert s.commit(batch, [41], [True]) == [0]
     assert (r.computed, r.output_ids, r.in_flight) == (5, [41], 0)
     batch = s.plan()
     assert (batch.requests, batch.ids, batch.starts, batch.lengths) == ([r], [41], [5], [1])
-    assert (batch.samples, batch.decodes, batch.changes.admitted, batch.changes.tables) == ([True], 1, [], [])
+    assert (batch.samples, batch.decodes, batch.changes.admitted, batch.changes.tables) == ([True], 1, {}, [])
     s.commit(batch, [42], [True])
     batch = s.plan()
     assert (batch.ids, batch.starts) == ([42], [6])
@@ -213,9 +213,83 @@ def test_a_batch_is_greedy_if_all_that_it_samples_is():
 
 
 def test_a_batch_is_masked_if_one_of_it_needs_the_host():
-    plain, masked = request(), request(allowed_tokens_fn=lambda ids: [1])
+    plain, masked = request(), request()
+    masked.constraint = "a grammar"
     assert not Batch([plain], samples=[True]).masked
     assert Batch([plain, masked], samples=[True, True]).masked
+
+
+# ---- tokens that are forced
+
+
+def running(s: Scheduler, r: Request) -> None:
+    for _ in range(20):
+        if r.state is not State.RUNNING:
+            step(s)
+    assert r.state is State.RUNNING
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_forced_tokens_are_computed_in_one_chunk(count: int):
+    """The step on its way samples the first of them; of the next, its token is taken as always."""
+    r = request(5, new=20)
+    s = make(20, 4, 3, 100, r)
+    running(s, r)
+    batch, before = s.plan(), len(r.tokens)
+    for n in range(count):
+        s.force(r, 100 + n, sampled=n == 0)
+    assert commit(s, batch) == []
+    batch = s.plan()
+    assert (batch.starts, batch.lengths, batch.samples) == ([before], [count], [True])
+    assert batch.ids == [100 + n for n in range(count)] and batch.decodes_only == (count == 1)
+    assert batch.changes.forced == [(r.row, 100 + n) for n in range(1, count)]
+    assert commit(s, batch) == [0] and r.output_ids[-count - 1 :] == [*batch.ids, TOKEN]
+    drain(s)
+    assert idle(s) and r.finish_reason == "length" and r.new_tokens == 20
+
+
+def test_forced_tokens_end_a_request_like_any_other():
+    r = request(5, new=4)
+    s = make(20, 4, 3, 100, r)
+    running(s, r)
+    batch = s.plan()
+    for token in (100, 101, 102):
+        s.force(r, token, sampled=token == 100)
+    assert r.finish_reason == "length" and r.row and commit(s, batch) == [] and idle(s)
+
+
+def test_what_was_forced_is_forgotten_with_its_row():
+    """Or it would count as sampled by whoever gets the row next."""
+    r, other = request(5, new=20), request(3, new=2)
+    s = make(20, 4, 1, 100, r)
+    running(s, r)
+    batch = s.plan()
+    for token in (100, 101, 102):
+        s.force(r, token, sampled=token == 100)
+    s.end(r, "abort")
+    s.add(other)
+    commit(s, batch)
+    batch = s.plan()
+    assert batch.requests == [other] and batch.changes.forced == []
+
+
+def test_forced_tokens_wait_for_pages():
+    """None are free: somebody is preempted, once the step on its way has come home."""
+    first, second = request(8, new=16), request(8, new=16, priority=1)
+    s = make(6, 4, 2, 100, first, second, policy="priority")
+    s.ratio = 0.0
+    batch = step(s)
+    assert batch.requests == [first, second]
+    batch = s.plan()
+    for n in range(11):
+        s.force(first, 100 + n, sampled=n == 0)
+    assert s.plan() is None
+    commit(s, batch)
+    batch = s.plan()
+    assert second.state is State.PREEMPTED and batch.requests[0] is first and batch.lengths[0] == 11
+    commit(s, batch)
+    drain(s)
+    assert idle(s) and first.finish_reason == second.finish_reason == "length"
 
 
 # ---- what goes into a step
@@ -682,7 +756,7 @@ def test_a_preempted_request_is_resumed_with_all_its_tokens():
     s.flush()
     batch = s.plan()
     assert (batch.requests, batch.ids, batch.starts) == ([r], r.prompt_ids + [41] * 4, [0])
-    assert (batch.samples, batch.decodes, batch.changes.admitted) == ([True], 0, [r])
+    assert (batch.samples, batch.decodes, batch.changes.admitted) == ([True], 0, {r: len(r.tokens)})
     commit(s, batch)
     assert r.new_tokens == 5
     drain(s)
