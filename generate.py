@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from profiling import prepare
 
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` and a mistyped flag need not wait for it
     from engine import Engine, SamplingParams
+    from output import Delta
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "folio-tiny"
 
@@ -64,6 +65,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["auto", "reference", "sdpa", "triton"],
         help="attention kernels (default: triton on a GPU, sdpa elsewhere)",
     )
+    output = parser.add_argument_group("structured output (one of the first six)")
+    kind = output.add_mutually_exclusive_group()
+    kind.add_argument("--json-schema", metavar="FILE|TEXT", help="JSON that a schema describes")
+    kind.add_argument("--json-object", action="store_true", help="any JSON object")
+    kind.add_argument("--regex", help="text that this matches from its beginning to its end")
+    kind.add_argument("--ebnf", metavar="FILE|TEXT", help="text of a grammar, whose first rule is called root")
+    kind.add_argument("--choices", nargs="+", metavar="TEXT", help="one of these texts")
+    kind.add_argument("--structural-tag", metavar="FILE|TEXT", help="text with tagged parts, in xgrammar's notation")
+    output.add_argument("--json-finish", action="store_true", help="end validly before the new tokens run out")
+    output.add_argument("--disable-any-whitespace", action="store_true", help='JSON with ", " and ": " and no more')
+    output.add_argument("--grammar-backend", default="auto", choices=["auto", "xgrammar", "llguidance"])
+    output.add_argument("--no-jump-forward", action="store_true", help="a step for each token, also for forced ones")
     cache = parser.add_argument_group("cache and scheduler")
     cache.add_argument("--max-total-tokens", type=int, default=None, help="tokens in the cache (default: what fits)")
     cache.add_argument("--page-size", type=int, default=16, help="tokens in a page, 1 to 128 (default: 16)")
@@ -145,13 +158,35 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
         min_p=args.min_p,
         seed=args.seed,
         stop=args.stop,
+        json_schema=text_or_file(args.json_schema),
+        json_object=args.json_object,
+        regex=args.regex,
+        ebnf=text_or_file(args.ebnf),
+        choices=args.choices,
+        structural_tag=text_or_file(args.structural_tag),
+        json_finish=args.json_finish,
+        disable_any_whitespace=args.disable_any_whitespace,
     )
+
+
+def text_or_file(value: str | None) -> str | None:
+    """What a file of that name holds, else the text itself."""
+    try:
+        if value is not None and Path(value).is_file():
+            return Path(value).read_text(encoding="utf-8")
+    except (OSError, ValueError):  # too long for a name, or no text inside
+        return value
+    if value is not None and value.endswith((".json", ".ebnf", ".gbnf")):
+        raise UserError(f"there is no file {value}")
+    return value
 
 
 def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine", Figures]:
     """Load, and compile if asked to and able to."""
     from engine import Engine
+    from intake import spec_of
 
+    spec = spec_of(params)
     engine = Engine.from_pretrained(
         args.model,
         dtype=args.dtype,
@@ -165,16 +200,19 @@ def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine",
         overlap=not args.no_overlap,
         graphs=False if args.no_graphs else None,
         attention=args.attention,
+        grammar_backend=args.grammar_backend,
+        jump_forward=not args.no_jump_forward,
         trace=args.trace,
     )
     figures = Figures(engine)
     if args.compile:
         try:
-            figures.time_compile(engine.compile(params.greedy, args.compile), show=not args.quiet)
+            shapes = engine.compile(params.greedy, args.compile, masked=spec is not None)
+            figures.time_compile(shapes, show=not args.quiet)
         except UserError as error:
             print(f"\n*** NOT COMPILED: {error}. Going on uncompiled, slower. ***\n", file=sys.stderr)
     if engine.runner.graphs and not engine.runner.compiled:
-        deque(engine.warm_up(params.greedy), maxlen=0)
+        deque(engine.warm_up(params.greedy, masked=spec is not None), maxlen=0)
     return engine, figures
 
 
@@ -189,7 +227,7 @@ def complete(
     with profiled(engine, args), engine.stream(ids, params) as stream:
         if single:
             print(prompt, end="", flush=True)
-        for delta in figures.watch(stream, len(ids)):
+        for delta in figures.watch(unless_failed(stream), len(ids)):
             out = outputs[delta.index]
             out["text"] += delta.text
             out["token_ids"] += delta.token_ids
@@ -206,6 +244,14 @@ def complete(
     if args.json:
         first = outputs[0] | {"prompt": prompt, "prompt_tokens": len(ids), "figures": measured}
         print(json.dumps(first | ({} if single else {"samples": outputs})))
+
+
+def unless_failed(stream: "Iterable[Delta]") -> "Iterator[Delta]":
+    """UserError with the engine's reason if a sample ends with an error."""
+    for delta in stream:
+        if delta.finish_reason == "error":
+            raise UserError(str(delta.stop_reason))
+        yield delta
 
 
 def profiled(engine: "Engine", args: argparse.Namespace) -> AbstractContextManager[Any]:
@@ -231,7 +277,7 @@ def chat(engine: "Engine", params: "SamplingParams", args: argparse.Namespace, f
         answer = ""
         try:
             with engine.stream(ids, params) as stream:
-                for delta in figures.watch(stream, len(ids)):
+                for delta in figures.watch(unless_failed(stream), len(ids)):
                     answer += delta.text
                     print(delta.text, end="", flush=True)
         except KeyboardInterrupt:  # ends this answer; what was said so far stays in the history

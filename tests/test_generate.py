@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,9 +71,41 @@ def test_chat_keeps_and_resets_its_history():
     assert answers[1:] == ["85"]
 
 
+FACT = "Mia is 7 years old and lives in Oslo. "
+CITY = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": false}'
+
+
+@pytest.mark.parametrize(
+    "args, pattern",
+    [
+        (["--json-schema", CITY, "--json-finish"], r'\{\s*"city"\s*:\s*".*"\s*\}'),
+        (["--json-schema", "FILE", "--disable-any-whitespace"], r'\{"city": ".*"\}'),
+        (["--json-object", "--json-finish", "--grammar-backend", "llguidance"], r"\{.*\}"),
+        (["--regex", "[0-9]{3}-[0-9]{4}", "--no-jump-forward"], "[0-9]{3}-[0-9]{4}"),
+        (["--ebnf", 'root ::= "yes" | "no"'], "yes|no"),
+        (["--choices", "Oslo", "Rome", "--num-samples", "3"], "Oslo|Rome"),
+    ],
+)
+def test_structured_output(args: list[str], pattern: str, tmp_path: Path):
+    file = tmp_path / "schema.json"
+    file.write_text(CITY)
+    args = [str(file) if arg == "FILE" else arg for arg in args]
+    result = run("--prompt", FACT, "--max-new-tokens", "60", "--seed", "1", "--quiet", "--json", *args)
+    last = json.loads(result.stdout.splitlines()[-1])
+    for sample in last.get("samples", [last]):
+        assert re.fullmatch(pattern, sample["text"], re.DOTALL) and sample["finish_reason"] == "stop", result.stderr
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
+        (["--prompt", "x", "--json-schema", "none.json"], "there is no file none.json"),
+        (["--prompt", "x", "--json-schema", "{"], "json_schema is not valid JSON"),
+        (["--prompt", "x", "--json-schema", '{"type": "text"}'], "text"),
+        (["--prompt", "x", "--regex", "("], "regex"),
+        (["--prompt", "x", "--ebnf", 'other ::= "a"'], "root"),
+        (["--prompt", "x", "--regex", "a", "--choices", "b"], "not allowed with"),
+        (["--prompt", "x", "--json-finish"], "json_finish is given, but nothing"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x", "--chat"], "not allowed with"),
         (["--chat", "--json"], "--json"),
