@@ -60,13 +60,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_key_value_heads=2,
         head_dim=16,
         intermediate_size=128,
-        vocab_size=512,
+        vocab_size=1024,
         max_position_embeddings=2048,
         rope_theta=10000.0,
         tie_word_embeddings=True,
         **_ENDLESS,
     ),
 }
+SHAPES["smollm2-135m-152k"] = SHAPES["smollm2-135m"] | dict(vocab_size=151936)  # with a vocabulary of Qwen's size
 NAMES = (*SHAPES, *BUNDLED)
 
 
