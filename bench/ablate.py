@@ -7,10 +7,11 @@
     python -m bench.plot ablate.json ablate.svg                    # a picture of it
 
 Some users at once, each with one question after the other: a prefix that many share, a text of its own, now and then a
-long one. Greedy, seeded, answered in full before the next is asked. Every variant gets the same questions and an empty
-cache, and must give the same tokens; they take turns. TECHNIQUES is the list: a line adds one.
+long one. Every fourth answer is a form in JSON, whose grammar leaves one way only. Greedy, seeded, answered in full before
+the next is asked. Every variant gets the same questions and an empty cache, and must give the same answers; they take
+turns. TECHNIQUES is the list: a line adds one.
 
-    tokens/s       new tokens of all users / seconds of the whole run
+    tokens/s       new tokens of all users / seconds of the whole run; a form has as many as its text
     first token    ms from a question to its first token, p50 and p99 of all questions
     between        ms between two tokens of an answer, p50 and p99 of all of them
 
@@ -18,17 +19,18 @@ Beside each its ratio to "all on". First what the device can read, then a table,
 """
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from bench.checkpoints import NAMES, make_checkpoint
+from bench.checkpoints import BUNDLED, NAMES, make_checkpoint
 from bench.common import (
     Stat,
     alternate,
@@ -44,9 +46,10 @@ from bench.common import (
 from bench.peer_engines.folio import greedy, let_go
 from bench.prefix import share, some_tokens, whole_pages
 from checkpoint import Checkpoint, load
-from engine import Engine
+from engine import Engine, SamplingParams
 from machine import pick_device, pick_dtype, read_bandwidth
 from model import Transformer
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,16 @@ TECHNIQUES = (
     Technique("overlap", {"overlap": False}),
     Technique("chunked prefill", {"chunked_prefill": False}),
     Technique("CUDA graphs", {"graphs": False}, gpu=True),
+    Technique("jump-forward", {"jump_forward": False}),
     Technique("compile", compile=False),
 )
+FORM = {"kind": "order confirmation", "currency": "EUR", "lines": [], "note": "thank you for your order", "paid": True}
+SCHEMA = {
+    "type": "object",
+    "properties": {name: {"const": value} for name, value in FORM.items()},
+    "required": list(FORM),
+    "additionalProperties": False,
+}
 METRICS = {
     "tokens_per_s": "tokens/s",
     "first_p50": "first token p50",
@@ -91,7 +102,7 @@ class Workload:
 
     @property
     def longest(self) -> int:
-        return whole_pages(self.shared + max(self.long, self.own[1]) + self.new[1])
+        return whole_pages(self.shared + max(self.long, self.own[1]) + max(self.new[1], len(json.dumps(FORM))))
 
 
 SMALL = Workload(users=3, questions=3, prefixes=2, shared=64, own=(8, 32), long=128, new=(2, 8), chunk=32)
@@ -101,6 +112,7 @@ SMALL = Workload(users=3, questions=3, prefixes=2, shared=64, own=(8, 32), long=
 class Question:
     prompt: list[int]
     new: int
+    form: bool = False
 
 
 @dataclass
@@ -108,6 +120,8 @@ class Answer:
     asked: float  # seconds of time.perf_counter
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    text: str = ""
+    form: bool = False
 
 
 def make_questions(work: Workload, vocab: int, seed: int) -> list[list[Question]]:
@@ -117,7 +131,7 @@ def make_questions(work: Workload, vocab: int, seed: int) -> list[list[Question]
 
     def question(number: int) -> Question:
         own = work.long if number % 6 == 5 else rng.randint(*work.own)
-        return Question(rng.choice(prefixes) + some_tokens(rng, own, vocab), rng.randint(*work.new))
+        return Question(rng.choice(prefixes) + some_tokens(rng, own, vocab), rng.randint(*work.new), number % 4 == 3)
 
     return [[question(user + i) for i in range(work.questions)] for user in range(work.users)]
 
@@ -126,8 +140,11 @@ def make_questions(work: Workload, vocab: int, seed: int) -> list[list[Question]
 
 
 def build(model: Transformer, work: Workload, name: str, without: Technique) -> Engine:
+    tokenizer = Tokenizer.from_pretrained(BUNDLED["folio-tiny"])  # spells the forms; larger ids it does not know
     engine = Engine(
         model,
+        tokenizer,
+        sorted(tokenizer.eos_token_ids),
         max_batch_size=work.users,
         max_model_len=work.longest,
         max_total_tokens=2 * work.users * work.longest,  # nobody waits for pages, and prefixes may stay
@@ -149,8 +166,8 @@ def serve(engine: Engine, questions: list[list[Question]]) -> list[list[Answer]]
     def ask(user: int) -> None:
         if waiting[user]:
             question = waiting[user].pop()
-            answers[user].append(Answer(time.perf_counter()))
-            asking[engine.add(question.prompt, greedy(question.new))] = user
+            answers[user].append(Answer(time.perf_counter(), form=question.form))
+            asking[engine.add(question.prompt, params(question))] = user
 
     for user in range(len(questions)):
         ask(user)
@@ -158,6 +175,7 @@ def serve(engine: Engine, questions: list[list[Question]]) -> list[list[Answer]]
         deltas, now = engine.step(), time.perf_counter()
         for delta in deltas:
             answer = answers[asking[delta.request_id]][-1]
+            answer.text += delta.text
             answer.tokens += delta.token_ids
             answer.times += [now] * len(delta.token_ids)
             if delta.finish_reason is not None:
@@ -167,6 +185,12 @@ def serve(engine: Engine, questions: list[list[Question]]) -> list[list[Answer]]
     return answers
 
 
+def params(question: Question) -> SamplingParams:
+    if question.form:
+        return SamplingParams(temperature=0, json_schema=SCHEMA, disable_any_whitespace=True)
+    return greedy(question.new)
+
+
 def figures(answers: list[list[Answer]]) -> dict[str, float]:
     """Of one run: METRICS, times in ms."""
     each = [answer for of_user in answers for answer in of_user]
@@ -174,12 +198,18 @@ def figures(answers: list[list[Answer]]) -> dict[str, float]:
     between = [1e3 * (b - a) for answer in each for a, b in pairwise(answer.times)]
     wall = max(a.times[-1] for a in each) - min(a.asked for a in each)
     return {
-        "tokens_per_s": sum(len(a.tokens) for a in each) / wall,
+        "tokens_per_s": sum(form_tokens() if a.form else len(a.tokens) for a in each) / wall,
         "first_p50": share(first, 0.5),
         "first_p99": share(first, 0.99),
         "between_p50": share(between, 0.5),
         "between_p99": share(between, 0.99),
     }
+
+
+@cache
+def form_tokens() -> int:
+    """Of a form, as the tokenizer writes it; a model that is not forced may take it in smaller pieces."""
+    return len(Tokenizer.from_pretrained(BUNDLED["folio-tiny"]).encode(json.dumps(FORM)))
 
 
 # ---- all of them
@@ -202,26 +232,27 @@ def measure(
         serve(engine, make_questions(work, vocab, seed + 1)[:1])
     progress("  timing")
     runs = alternate({name: partial(serve, engine, questions) for name, engine in engines.items()}, repeats)
-    reference = tokens(runs[ALL_ON.name][0])
+    reference = said(runs[ALL_ON.name][0])
     results: dict[str, dict[str, Any]] = {}
     for name, several in runs.items():
         each = [figures(answers) for answers in several]
         results[name] = {metric: summarize(f[metric] for f in each) for metric in METRICS}
-        results[name]["same"] = min(same_share(tokens(answers), reference) for answers in several)
+        results[name]["same"] = min(same_share(said(answers), reference) for answers in several)
     return results
 
 
-def tokens(answers: list[list[Answer]]) -> list[list[int]]:
-    return [answer.tokens for of_user in answers for answer in of_user]
+def said(answers: list[list[Answer]]) -> list[Any]:
+    """The tokens of each answer, and of a form its text: there is more than one way to spell that."""
+    return [answer.text if answer.form else answer.tokens for of_user in answers for answer in of_user]
 
 
-def same_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
+def same_share(ours: list[Any], theirs: list[Any]) -> float:
     """The share of answers that are equal."""
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(theirs)
 
 
 def check_same(results: dict[str, dict[str, Any]]) -> None:
-    """RuntimeError unless all variants gave the same tokens."""
+    """RuntimeError unless all variants gave the same answers."""
     wrong = {name: f"{r['same']:.1%}" for name, r in results.items() if r["same"] < 1}
     if wrong:
         raise RuntimeError(f"switching a technique off has changed what was answered; answers that are equal: {wrong}")
