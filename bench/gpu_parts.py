@@ -303,7 +303,7 @@ def start_engine(
     )
     start = time.perf_counter()
     compiled = s.compile if compile is None else compile
-    for name in engine.compile(greedy=True, mode=mode) if compiled else engine.warm_up(greedy=True):
+    for name in engine.compile(True, mode, masked=False) if compiled else engine.warm_up(True, masked=False):
         progress(f"  {name}")
     return engine, time.perf_counter() - start
 

@@ -233,7 +233,7 @@ def start_engine(model: Transformer, args: argparse.Namespace, overlap: bool) ->
         radix=False,
         overlap=overlap,
     )
-    for name in engine.compile(greedy=True) if args.compile else engine.warm_up(greedy=True):
+    for name in engine.compile(True, masked=False) if args.compile else engine.warm_up(True, masked=False):
         progress(f"  {name}")
     engine.generate([[1] * args.prompt_tokens] * 2, greedy(args.new_tokens))  # warms up what there is to warm
     return engine

@@ -25,7 +25,7 @@ class Folio:
             page_size=PAGE,
             radix=radix,
         )
-        for shape in self.engine.compile(greedy=True) if compiled else ():
+        for shape in self.engine.compile(greedy=True, masked=False) if compiled else ():
             progress(f"  folio-compiled: {shape}")
 
     @classmethod
