@@ -31,12 +31,10 @@ from cache.pages import PagePool
 from cache.radix import EVICTION
 from checkpoint import Checkpoint, load
 from errors import EngineFailed, UserError
-from grammar.compiler import BACKENDS, Compiler
-from grammar.constraint import GrammarConstraint
-from grammar.finish import Finisher
+from grammar.compiler import BACKENDS
+from grammar.grammars import Grammars
 from grammar.masks import Ask, MaskFiller
 from grammar.matcher import Grammar
-from grammar.vocabulary import Vocabulary
 from intake import Group, Intake, Prompt
 from machine import cpp_compiler, free_memory, pick_device, pick_dtype, release_openmp_team
 from model import Transformer
@@ -119,10 +117,9 @@ class Engine:
         )
         self.intake = Intake(tokenizer, eos_token_ids, model.config.vocab_size, self.max_model_len, self.scheduler)
         self.masker = MaskFiller(1 + max_batch_size, model.config.vocab_size, pinned=self.runner.device.type == "cuda")
-        self.grammar_backend, self.jump_forward = grammar_backend, jump_forward
+        self.grammars = Grammars(tokenizer, model.config.vocab_size, eos_token_ids, grammar_backend)
+        self.jump_forward = jump_forward
         self.forced_tokens = 0  # that took no step of their own
-        self._grammars: Compiler | None = None
-        self._grammars_lock = threading.Lock()
         self._compiling = 0  # prompts that wait for their grammar
         self._posted = threading.Event()  # something is in the inbox
         self.steps = 0
@@ -430,7 +427,7 @@ class Engine:
             steps=self.steps,
             steps_replayed=self.runner.steps_replayed,
             forced_tokens=self.forced_tokens,
-            grammars=self._grammars and self._grammars.stats(),
+            grammars=self.grammars.stats(),
             compiled_graphs=compiled_graphs(),
             captured_graphs=len(self.runner.replays),
             tokens_per_second=self._throughput.rate(),
@@ -477,9 +474,6 @@ class Engine:
         """Queue groups, all or none, for the next step to take in."""
         if self.runner.device.type == "cpu":
             release_openmp_team()  # the caller's: its threads would get in the way of the device's
-        for group in groups:
-            if group.spec is not None:
-                self.grammars.check(group.spec)
         grammars = [None if group.spec is None else self.grammars.compile(group.spec) for group in groups]
         with self._lock:
             if self.failure is not None:
@@ -515,32 +509,15 @@ class Engine:
             if (error := compiled.exception()) is not None:
                 self._end(request, "error", str(error))
             else:
-                request.constraint = self._constraint(request, compiled.result())
+                jump = self.jump_forward and request.params.logprobs is None  # a forced token has no logits of its own
+                finish_within = request.max_new_tokens if request.params.json_finish else None
+                request.constraint = self.grammars.constrain(compiled.result(), jump, finish_within)
                 self.scheduler.add(request)
 
     def _post(self, work: Callable[[], Any]) -> None:
         """Have something done before the next step."""
         self._inbox.append(work)
         self._posted.set()
-
-    def _constraint(self, request: Request, grammar: "Grammar") -> GrammarConstraint:
-        params, vocabulary = request.params, self.grammars.vocabulary
-        jump = self.jump_forward and params.logprobs is None  # a forced token has no logits of its own
-        finisher = Finisher(vocabulary, request.max_new_tokens) if params.json_finish else None
-        return GrammarConstraint(grammar.matcher(), vocabulary, jump, finisher)
-
-    @property
-    def grammars(self) -> Compiler:
-        """Made when the first request asks for one, in its thread: the tables of a large vocabulary take half a second."""
-        with self._grammars_lock:
-            if self._grammars is None:
-                vocabulary = Vocabulary.of(self.tokenizer, self.model.config.vocab_size, self.eos_token_ids)
-                (
-                    Finisher(vocabulary, max_new_tokens=1),
-                    vocabulary.ids_by_bytes,
-                )  # whose tables the loop must not wait for
-                self._grammars = Compiler(vocabulary, self.grammar_backend)
-            return self._grammars
 
     def _abort_soon(self, group: Group) -> None:
         """This very group: its id may be another's by now."""

@@ -276,15 +276,18 @@ def test_a_matcher_that_fails_ends_its_request_only(fault: str, overlap: bool, m
     engine = make(overlap=overlap, jump_forward=False, grammar_backend="xgrammar")
     prompts, params = asked(1, 0)
     right = [o.outputs[0].token_ids for o in engine.generate(prompts, params)]
-    constrain = engine._constraint
+    constrain, mine = engine.grammars.constrain, []
+    target = engine.grammars.compile(Spec.regex("[a-z]{20}")).result()
 
-    def broken(request, grammar):
-        constraint = constrain(request, grammar)
-        if request.index == 1:
+    def broken(grammar, *args):
+        constraint = constrain(grammar, *args)
+        if grammar is target:
+            mine.append(constraint)
+        if grammar is target and len(mine) == 2:
             monkeypatch.setattr(constraint, "matcher", Faulty(constraint.matcher, fault, after=3))
         return constraint
 
-    monkeypatch.setattr(engine, "_constraint", broken)
+    monkeypatch.setattr(engine.grammars, "constrain", broken)
     two = SamplingParams(regex="[a-z]{20}", n=2, temperature=0, max_new_tokens=30)
     outputs = engine.generate([*prompts, "x"], [*params, two])
     assert [o.outputs[0].token_ids for o in outputs[:-1]] == right
@@ -441,7 +444,7 @@ def test_allow_only_sets_one_bit():
 
 @pytest.mark.parametrize("backend", ["xgrammar", "llguidance"])
 def test_a_constraint_says_when_nothing_may_follow(backend: str):
-    whole = make().grammars.vocabulary
+    whole = make().grammars.compiler.vocabulary
     vocabulary = Vocabulary(whole.tokens[:1001], whole.stop_ids, whole.encode)  # and bits of nobody behind them
     with Compiler(vocabulary, backend) as compiler:
         grammar = compiler.compile(Spec.regex("ab?")).result()
