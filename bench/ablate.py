@@ -13,7 +13,7 @@ turns. TECHNIQUES is the list: a line adds one.
 
     tokens/s       new tokens of all users / seconds of the whole run; a form has as many as its text
     first token    ms from a question to its first token, p50 and p99 of all questions
-    between        ms between two tokens of an answer, p50 and p99 of all of them
+    between        ms between two tokens of an answer that do not come at once, p50 and p99 of all of them
 
 Beside each its ratio to "all on". First what the device can read, then a table, then one JSON line.
 """
@@ -195,7 +195,7 @@ def figures(answers: list[list[Answer]]) -> dict[str, float]:
     """Of one run: METRICS, times in ms."""
     each = [answer for of_user in answers for answer in of_user]
     first = [1e3 * (a.times[0] - a.asked) for a in each]
-    between = [1e3 * (b - a) for answer in each for a, b in pairwise(answer.times)]
+    between = [1e3 * (b - a) for answer in each for a, b in pairwise(sorted(set(answer.times)))]
     wall = max(a.times[-1] for a in each) - min(a.asked for a in each)
     return {
         "tokens_per_s": sum(form_tokens() if a.form else len(a.tokens) for a in each) / wall,
