@@ -32,6 +32,7 @@ from cache.radix import EVICTION
 from checkpoint import Checkpoint, load
 from errors import EngineFailed, UserError
 from grammar.compiler import BACKENDS
+from grammar.constraint import Constraint
 from grammar.grammars import Grammars
 from grammar.masks import Ask, MaskFiller
 from grammar.matcher import Grammar
@@ -323,8 +324,8 @@ class Engine:
         request.metrics.token_times.append(now)
         if logprob is not None:
             request.logprobs.append(logprob)
-        if request.constraint is not None and not request.constraint.accept(token):
-            self._end(request, "error", f"token {token} was chosen, which the grammar refuses")
+        if request.constraint is not None and (why := _refusal(request.constraint, token)) is not None:
+            self._end(request, "error", why)
             return
         group = self._live[request]
         text, ended = group.texts[request.index], request.finish_reason
@@ -550,6 +551,14 @@ class Engine:
         self.commit, self.masks = timeline.timed("commit", self.commit), timeline.timed("mask", self.masks)
         weakref.finalize(self, timeline.close)  # at the latest when the process ends
         return timeline
+
+
+def _refusal(constraint: Constraint, token: int) -> str | None:
+    """Why a request cannot go on by a token; None if it can, and does."""
+    try:
+        return None if constraint.accept(token) else f"token {token} was chosen, which the grammar refuses"
+    except Exception as error:  # whatever it is, it is this request's alone
+        return f"{type(error).__name__}: {error}"
 
 
 def _fulfil(promise: Future, work: Callable[[], Any]) -> None:

@@ -25,7 +25,7 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
 
 from bench.checkpoints import BUNDLED
-from bench.common import emit, machine_facts, table, use_threads
+from bench.common import emit, machine_facts, progress, table, use_threads
 from bench.tiny_eval import Generate, evaluate
 from engine import Engine, SamplingParams
 from errors import UserError
@@ -38,6 +38,8 @@ EXTRACTION = {
     "additionalProperties": False,
 }
 PROMPT = "An example, as JSON: "
+AT_ONCE = 64  # schemas
+REFUSALS = ("cannot be compiled", "compiling the grammar")  # by a backend, or for its time or memory
 
 
 def outcome(schema: Any, text: str, reason: str, detail: Any) -> str:
@@ -81,7 +83,7 @@ def ask(engine: Engine, schemas: list[Any], temperature: float, tokens: int, see
     for schema, stream in taken:
         deltas = list(stream)
         last = deltas[-1]
-        if last.finish_reason == "error" and "cannot be compiled" in str(last.stop_reason):
+        if last.finish_reason == "error" and any(text in str(last.stop_reason) for text in REFUSALS):
             outcomes["refused"] += 1
             reasons[str(last.stop_reason)] += 1
         else:
@@ -151,7 +153,11 @@ def main(argv: list[str] | None = None) -> None:
     engine = Engine.from_pretrained(BUNDLED["folio-tiny"], dtype="float32", grammar_backend=args.grammar_backend)
     schemas, record = read(args.schemas, args.limit), {}
     for name, temperature in (("greedy", 0.0), ("temperature 1.5", 1.5)) if schemas else ():
-        outcomes, reasons = ask(engine, schemas, temperature, args.tokens, args.seed)
+        outcomes, reasons = Counter(), Counter()
+        for i in range(0, len(schemas), AT_ONCE):
+            some = ask(engine, schemas[i : i + AT_ONCE], temperature, args.tokens, args.seed)
+            outcomes, reasons = outcomes + some[0], reasons + some[1]
+            progress(f"  {name}: {min(i + AT_ONCE, len(schemas))} of {len(schemas)} schemas")
         record[name] = dict(outcomes)
         print(table([name, "schemas"], [[kind, str(count)] for kind, count in outcomes.most_common()]), flush=True)
         print("\n".join(f"  {count} x {reason[:160]}" for reason, count in reasons.most_common()), flush=True)

@@ -26,7 +26,7 @@ from grammar.spec import Spec
 from grammar.vocabulary import Vocabulary
 
 LIMITS = dict(
-    max_items_in_row=2000,
+    max_items_in_row=20_000,  # with 2,000, one real schema of 297 could not be followed to its end
     initial_lexer_fuel=1_000_000,  # about 20 ms
     step_lexer_fuel=200_000,  # a mask: about 15 ms
     step_max_items=50_000,  # a mask: about 3 ms
@@ -60,7 +60,11 @@ class LlguidanceMatcher:
         if token in self._vocabulary.stop_ids:
             self.ended = self.complete
             return self.ended
-        return self._matcher.try_consume_tokens([token]) == 1
+        if self._matcher.try_consume_tokens([token]) == 1:
+            return True
+        if self._matcher.is_error():  # not the token is wrong: the parser has met one of its limits
+            raise RuntimeError(one_line(self._matcher.get_error()))
+        return False
 
     def rollback(self, tokens: int) -> None:
         if tokens and self.ended:

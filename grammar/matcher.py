@@ -30,7 +30,10 @@ class Matcher(Protocol):
         """
 
     def accept(self, token: int) -> bool:
-        """Go on by one token. False if the grammar does not allow it: nothing has changed then."""
+        """Go on by one token. False if the grammar does not allow it: nothing has changed then.
+
+        RuntimeError if the backend gives up.
+        """
 
     def rollback(self, tokens: int) -> None:
         """Take the last tokens back, stop tokens included."""

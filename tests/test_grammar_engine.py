@@ -264,9 +264,10 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_request_only(monkeypatch):
     engine.check()
 
 
-FAULTS = {
-    "fill": lambda self, *args: 1 / 0,
-    "accept": lambda self, token: False,
+FAULTS = {  # of a matcher's method, and what the request ends with
+    "fill raises": ("fill", lambda self, *args: 1 / 0, "ZeroDivisionError"),
+    "accept refuses": ("accept", lambda self, token: False, "which the grammar refuses"),
+    "accept raises": ("accept", lambda self, token: 1 / 0, "ZeroDivisionError"),
 }
 
 
@@ -293,7 +294,7 @@ def test_a_matcher_that_fails_ends_its_request_only(fault: str, overlap: bool, m
     assert [o.outputs[0].token_ids for o in outputs[:-1]] == right
     fine, failed = outputs[-1].outputs
     assert fine.finish_reason == "stop" and failed.finish_reason == "error" and 0 < len(failed.token_ids) < 6
-    assert ("ZeroDivisionError" if fault == "fill" else "which the grammar refuses") in failed.stop_reason
+    assert FAULTS[fault][2] in failed.stop_reason
     engine.check()
 
 
@@ -301,13 +302,14 @@ class Faulty:
     """A matcher one of whose methods fails from some call on."""
 
     def __init__(self, matcher, fault: str, after: int):
-        self.matcher, self.fault, self.left = matcher, fault, after
+        self.matcher, self.left = matcher, after
+        self.method, self.fault, _ = FAULTS[fault]
 
     def __getattr__(self, name: str):
-        if name == self.fault:
+        if name == self.method:
             self.left -= 1
             if self.left < 0:
-                return functools.partial(FAULTS[name], self)
+                return functools.partial(self.fault, self)
         return getattr(self.matcher, name)
 
 
