@@ -22,11 +22,12 @@ MODELS = {
 }
 
 
-def run(engine: Engine, temperatures: tuple[int, ...] = (0, 1, 0, 1, 0, 0)) -> list[list[int]]:
+def run(engine: Engine, temperatures: tuple[int, ...] = (0, 1, 0, 1, 0, 0), masked: bool = False) -> list[list[int]]:
     """Prompts that share a prefix, longer ones in chunks, greedy and seeded, more than there are rows."""
+    allowed = (lambda ids: range(len(ids) % 3, 96, 2)) if masked else None
     prompts, _ = workload(3)
     prompts = [prompts[0][:9] + p[:30] for p in prompts[: len(temperatures)]]
-    params = [SamplingParams(temperature=t, seed=5, max_new_tokens=6) for t in temperatures]
+    params = [SamplingParams(temperature=t, seed=5, max_new_tokens=6, allowed_tokens_fn=allowed) for t in temperatures]
     outs = engine.generate(prompts, params)
     engine.check()
     return [out.outputs[0].token_ids for out in outs]
@@ -43,12 +44,15 @@ def test_same_tokens_as_the_reference(knobs):
 
 def test_compiled_as_one_graph_and_only_once():
     sampled = (1,) * 6
-    expected = run(make_engine(DEVICE, attention="reference"), sampled)
+    reference = make_engine(DEVICE, attention="reference")
+    expected = [run(reference, sampled, masked) for masked in (False, True)]
     engine = make_engine(DEVICE, attention="triton")
     before = compiled_graphs()
     for _ in engine.compile(greedy=False):
         pass
     graphs = compiled_graphs()
-    assert graphs - before == 3 + 2  # decode of one row, of many, prompts; sampling for one row and many
-    assert run(engine, sampled) == expected
+    assert (
+        graphs - before == 3 + 4
+    )  # decode of one row, of many, prompts; sampling for one row and many, masked and not
+    assert [run(engine, sampled, masked) for masked in (False, True)] == expected
     assert compiled_graphs() == graphs
