@@ -45,7 +45,8 @@ CONSTRAINTS = {"type", *IN_PLACE, *UNKNOWN_TO_BOTH}.union(*OF_TYPE.values())
 LLGUIDANCE_LACKS = UNKNOWN_TO_BOTH | {"contains", "dependencies", "dependentRequired", "dependentSchemas", "maxContains",
                     "minContains", "propertyNames", "unevaluatedItems", "unevaluatedProperties", "uniqueItems"}  # fmt: skip
 LLGUIDANCE_FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
-XGRAMMAR_FORMATS = (*LLGUIDANCE_FORMATS, "uri-reference", "uri-template")
+# Its dates have a 30th of February, its ipv4 addresses leading zeros.
+XGRAMMAR_FORMATS = ("duration", "email", "hostname", "ipv6", "time", "uri", "uri-reference", "uri-template", "uuid")
 MAX_INTEGER = 2**63 - 1
 
 

