@@ -103,7 +103,7 @@ class Intake:
         ]  # fmt: skip
         if params.allowed_tokens_fn is not None:
             for request in (first, *others):
-                request.constraint = AllowedTokens(params.allowed_tokens_fn, self.vocab_size, self._check_allowed)
+                request.constraint = AllowedTokens(params.allowed_tokens_fn, self._check_allowed)
         return Group(
             id,
             prompt if isinstance(prompt, str) else None,

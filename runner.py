@@ -3,7 +3,7 @@
 `step.py` has the step as plain functions. This is the only place that makes them fast, by re-binding them:
 
     self.decode = torch.compile(decode, fullgraph=True)          as one graph, which `fullgraph=True` asserts
-    self.replays[n, "greedy"] = CudaReplay(...)                    as one launch, for each bucket of rows
+    self.replays[n, "greedy"] = CudaReplay(...)                  as one launch, for each bucket of rows
 
 Eager, compiled and replayed are the same code. Sizes that change are marked dynamic, so there are three graphs of the model (one
 row, many rows, any mixture with chunks of prompts) and two to eight of the sampling. `warm_up` meets all of them; after that

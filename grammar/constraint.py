@@ -21,7 +21,6 @@ from grammar.jump import forced_tokens
 from grammar.matcher import Matcher
 from grammar.vocabulary import Vocabulary
 
-RECENT = 8  # tokens that jump-forward looks back at
 SLOW, MOST_SLOW = (
     0.1,
     20,
@@ -79,7 +78,7 @@ class GrammarConstraint:
         return forced
 
     def _forced(self, tokens: Sequence[int], remaining: int) -> list[int]:
-        if self.jump and (forced := forced_tokens(self.matcher, self.vocabulary, tokens[-RECENT:], self._scratch)):
+        if self.jump and (forced := forced_tokens(self.matcher, self.vocabulary, tokens, self._scratch)):
             return forced
         last = self.finisher and self.finisher.next(self.matcher, remaining, self._scratch)
         return [] if last is None else [last]
@@ -111,10 +110,9 @@ class AllowedTokens:
 
     whole = False
 
-    def __init__(
-        self, ask: Callable[[list[int]], Sequence[int]], vocab_size: int, check: Callable[[Sequence[int]], None]
-    ):
-        self.ask, self.vocab_size, self.check = ask, vocab_size, check
+    def __init__(self, ask: Callable[[list[int]], Sequence[int]], check: Callable[[Sequence[int]], None]):
+        """check: raises for ids that are none."""
+        self.ask, self.check = ask, check
 
     def next(self, tokens: Sequence[int], remaining: int, words: np.ndarray) -> list[int]:
         allowed = list(self.ask(list(tokens)))

@@ -28,9 +28,7 @@ from grammar.matcher import Matcher, whole_characters
 from grammar.vocabulary import Vocabulary
 
 CONTEXT = 8  # tokens before the forced text that are encoded with it
-UNCHANGED = (
-    4  # of those, the last ones, which must come out again; the first may suffer from where the text was cut off
-)
+UNCHANGED = 4  # of those, the last ones, which must come out again; the first may suffer from the cut before them
 LOOK_BACK = 16  # bytes of the forced text's end in which a longer token may start
 MOST_TRIED = 16  # longer tokens that are tried one by one; where there are more, a mask tells
 MOST_BYTES = 1024  # of forced text taken at once; the rest is still forced in the next step

@@ -62,8 +62,7 @@ class LlguidanceMatcher:
             return self.ended
         if self._matcher.try_consume_tokens([token]) == 1:
             return True
-        if self._matcher.is_error():  # not the token is wrong: the parser has met one of its limits
-            raise RuntimeError(one_line(self._matcher.get_error()))
+        self._raise_error()  # then not the token is wrong: the parser has met one of its limits
         return False
 
     def rollback(self, tokens: int) -> None:

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from grammar.constraint import Constraint
 
@@ -52,10 +51,6 @@ class MaskFiller:
             return self._answer(asks)
         parts = [asks[i : i + FEW] for i in range(0, len(asks), FEW)]
         return [answer for part in self._pool.map(self._answer, parts) for answer in part]
-
-    def rows(self, count: int) -> Tensor:
-        """The bitmasks of the first `count` rows [count, ceil(V / 32)]."""
-        return self.bitmask[:count]
 
     def _answer(self, asks: Sequence[Ask]) -> list[Answer]:
         return [self._one(ask) for ask in asks]

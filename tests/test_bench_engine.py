@@ -15,14 +15,7 @@ from cache.pages import PagePool
 from families import model_config
 from streams import Stream
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Next to nothing is computed, and two threads that wait for each other on a busy machine take seconds over it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def last_line(text: str) -> dict:

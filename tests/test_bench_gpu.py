@@ -18,13 +18,7 @@ from bench.common import Stat
 from profiling import PARTS
 from scheduler.request import SamplingParams, TokenLogprob
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

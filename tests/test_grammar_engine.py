@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import re
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -323,12 +324,7 @@ def test_a_grammar_that_is_too_slow_is_given_up(monkeypatch):
 def test_requests_without_a_grammar_do_not_wait_for_one_that_compiles():
     engine = make()
     compiled: list = []
-    type_of = type(engine.grammars)
-    compile_one = type_of.compile
-    held = compile_one(engine.grammars, engine.intake.group("x", SamplingParams(choices=["late"])).spec)
-    held.result()
-    from concurrent.futures import Future
-
+    held = engine.grammars.compile(Spec.choices(["late"])).result()
     never: Future = Future()
     engine.grammars.compile = lambda spec: compiled.append(spec) or never
     engine.add("x", SamplingParams(choices=["late"]), request_id="late")
@@ -337,7 +333,7 @@ def test_requests_without_a_grammar_do_not_wait_for_one_that_compiles():
     while not any(d.finish_reason for d in seen):
         seen += engine.step()
     assert {d.request_id for d in seen} == {"free"} and compiled and engine.has_work
-    never.set_result(held.result())
+    never.set_result(held)
     while engine.has_work:
         seen += engine.step()
     assert "".join(d.text for d in seen if d.request_id == "late") == "late"
@@ -422,8 +418,7 @@ def test_padded_replays_give_the_same(graphs: bool):
     prompts, params = asked(2, 0)
     outputs = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]
     after = engine.stats()
-    order = {(prompt, i % 1): None for i, prompt in enumerate(prompts)}
-    assert order and outputs == [make_one(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    assert outputs == [make_one(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
     assert (after.steps_replayed > before.steps_replayed) == graphs and after.captured_graphs == before.captured_graphs
 
 
