@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from errors import UserError
 from families import FAMILIES, Family, model_config
 from kernels.linear import unpack
-from model import Linear, ModelConfig, Transformer
+from layers import Linear
+from model import ModelConfig, Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

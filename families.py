@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from errors import UserError
-from model import ACTIVATIONS, ModelConfig
+from layers import ACTIVATIONS
+from model import ModelConfig
 from rope import RopeSpec
 
 Settings = Any  # a transformers PretrainedConfig

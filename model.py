@@ -13,19 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from device import from_host
 from kernels.dispatch import Layout, attend, lay_out, lay_out_decode, write
-from kernels.linear import can_pack, pack, packed_linear, plain_linear, unpack
 from kernels.reference_write import rotate
 from kernels.variants import Variant, model_variant
+from layers import ACTIVATIONS, Linear, Norm
 from rope import RopeSpec, inverse_frequencies
 
 KVCache = list[tuple[Tensor, Tensor]]  # a layer: keys, values, each [slots, K, D]
-
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 @dataclass
@@ -80,6 +77,11 @@ class ModelConfig:
         self.windows = self.windows or [None] * self.num_layers
         self.layer_rope = self.layer_rope or [0] * self.num_layers
 
+    @property
+    def norm(self) -> tuple[float, float, bool]:
+        """What a `Norm` of this model is made with, besides its shape."""
+        return self.norm_eps, self.norm_offset, self.norm_center
+
 
 @dataclass
 class StepContext:
@@ -88,45 +90,6 @@ class StepContext:
     layout: Layout  # where the keys and values lie, and who sees what
     cos_sin: list[tuple[Tensor, Tensor]]  # for each rope: cos, sin [T, dim / 2] float32
     query_scale: Tensor | None  # [T, 1, 1]
-
-
-class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich, 2019), or LayerNorm without bias when `center`; computed in float32."""
-
-    def __init__(self, shape: int | tuple[int, ...], config: ModelConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.eps, self.offset, self.center = config.norm_eps, config.norm_offset, config.norm_center
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        if self.center:
-            y = y - y.mean(-1, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * (self.weight.float() + self.offset)).to(x.dtype)
-
-
-class Linear(nn.Module):
-    """y = x W' + b. `pack()` re-lays the weight for the CPU, after loading; `unpack()` makes it plain again."""
-
-    def __init__(self, n_in: int, n_out: int, bias: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(n_out), requires_grad=False) if bias else None
-        self.packed = False
-
-    def pack(self) -> None:
-        if not self.packed and can_pack(self.weight):
-            self.weight = nn.Parameter(pack(self.weight.data), requires_grad=False)
-            self.packed = True
-
-    def unpack(self) -> None:
-        if self.packed:
-            self.weight = nn.Parameter(unpack(self.weight.data), requires_grad=False)
-            self.packed = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (packed_linear if self.packed else plain_linear)(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -139,8 +102,8 @@ class Attention(nn.Module):
         self.out = Linear(H * D, config.hidden_size, config.out_bias)
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_norm != "off":
-            self.q_norm = Norm({"head": (D,), "heads": (H, D), "full": (H * D,)}[config.qk_norm], config)
-            self.k_norm = Norm({"head": (D,), "heads": (K, D), "full": (K * D,)}[config.qk_norm], config)
+            self.q_norm = Norm({"head": (D,), "heads": (H, D), "full": (H * D,)}[config.qk_norm], *config.norm)
+            self.k_norm = Norm({"head": (D,), "heads": (K, D), "full": (K * D,)}[config.qk_norm], *config.norm)
 
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], step: StepContext) -> Tensor:
         """x [T, hidden], kv: this layer's keys and values [slots, K, D] (written here) -> [T, hidden]."""
@@ -181,7 +144,7 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(present: bool) -> nn.Module:
-            return Norm(config.hidden_size, config) if present else nn.Identity()
+            return Norm(config.hidden_size, *config.norm) if present else nn.Identity()
 
         self.config = config
         self.attn_norm, self.attn_post_norm = norm(config.pre_norm), norm(config.post_norm)
@@ -209,7 +172,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.variants = [block.attn.variant for block in self.blocks]
-        self.norm = Norm(config.hidden_size, config)
+        self.norm = Norm(config.hidden_size, *config.norm)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_factors: list[float] = []
         for i, spec in enumerate(config.ropes):

@@ -20,7 +20,8 @@ from checkpoint import Checkpoint, load, resolve, save
 from errors import UserError
 from families import FAMILIES
 from kernels.linear import can_pack
-from model import Linear, Transformer
+from layers import Linear
+from model import Transformer
 
 CPU = torch.device("cpu")
 

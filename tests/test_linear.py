@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.linear import can_pack, pack, packed_linear, plain_linear, unpack
-from model import Linear
+from layers import Linear
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = [(1, 1), (48, 32), (33, 129), (7, 200)]  # [out, in]
