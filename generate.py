@@ -73,6 +73,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     kind.add_argument("--ebnf", metavar="FILE|TEXT", help="text of a grammar, whose first rule is called root")
     kind.add_argument("--choices", nargs="+", metavar="TEXT", help="one of these texts")
     kind.add_argument("--structural-tag", metavar="FILE|TEXT", help="text with tagged parts, in xgrammar's notation")
+    output.add_argument(
+        "--tools", metavar="FILE|TEXT", help="with --chat: functions to call, as the OpenAI API has them"
+    )
+    output.add_argument(
+        "--tool-choice", metavar="CHOICE", help="auto, none, required, or a function's name (default: auto)"
+    )
+    output.add_argument(
+        "--tool-call-parser", metavar="NAME", help="how the model says a call (default: as its chat template tells)"
+    )
     output.add_argument("--json-finish", action="store_true", help="end validly before the new tokens run out")
     output.add_argument("--disable-any-whitespace", action="store_true", help='JSON with ", " and ": " and no more')
     output.add_argument("--grammar-backend", default="auto", choices=["auto", "xgrammar", "llguidance"])
@@ -97,6 +106,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.chat and args.num_samples > 1:
         parser.error("--chat has one answer at a time; leave --num-samples out")
+    if args.tools is not None and not args.chat:
+        parser.error("--tools are shown to the model by its chat template: give --chat")
+    if args.tools is None and (args.tool_choice or args.tool_call_parser):
+        parser.error("--tool-choice and --tool-call-parser are about --tools, and there are none")
     if args.chat and args.json:
         parser.error("--json describes one completion; leave it out with --chat")
     return args
@@ -108,11 +121,13 @@ def main(argv: list[str] | None = None) -> int:
         prompt = None if args.chat else read_prompt(args)
         if args.profile is not None:
             prepare(args.profile)
-        params = sampling_params(args)
+        params, tools = sampling_params(args), read_tools(args)
         engine, figures = start(args, params)
         if args.chat:
+            if tools:
+                params.structural_tag = tag_of(engine, tools, args)
             with profiled(engine, args):
-                chat(engine, params, args, figures)
+                chat(engine, params, tools, args, figures)
             if args.profile is not None and not args.quiet:
                 print(breakdown_line(engine.stats().breakdown), file=sys.stderr)
         else:
@@ -169,6 +184,28 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
     )
 
 
+def read_tools(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    if args.tools is None:
+        return None
+    try:
+        tools = json.loads(text_or_file(args.tools))
+    except ValueError as error:
+        raise UserError(f"--tools is not valid JSON: {error}") from error
+    if not isinstance(tools, list) or not tools:
+        raise UserError("--tools must be a JSON list of at least one function")
+    return tools
+
+
+def tag_of(engine: "Engine", tools: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """What keeps the model to these tools, in its own notation."""
+    from grammar.tools import tool_notation, tool_tag
+
+    choice = args.tool_choice or "auto"
+    if choice not in ("auto", "none", "required"):
+        choice = {"type": "function", "function": {"name": choice}}
+    return tool_tag(tools, args.tool_call_parser or tool_notation(engine.tokenizer.chat_template), tool_choice=choice)
+
+
 def text_or_file(value: str | None) -> str | None:
     """What a file of that name holds, else the text itself."""
     try:
@@ -186,7 +223,7 @@ def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine",
     from engine import Engine
     from intake import spec_of
 
-    spec = spec_of(params)
+    masked = spec_of(params) is not None or args.tools is not None
     engine = Engine.from_pretrained(
         args.model,
         dtype=args.dtype,
@@ -207,12 +244,12 @@ def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine",
     figures = Figures(engine)
     if args.compile:
         try:
-            shapes = engine.compile(params.greedy, args.compile, masked=spec is not None)
+            shapes = engine.compile(params.greedy, args.compile, masked=masked)
             figures.time_compile(shapes, show=not args.quiet)
         except UserError as error:
             print(f"\n*** NOT COMPILED: {error}. Going on uncompiled, slower. ***\n", file=sys.stderr)
     if engine.runner.graphs and not engine.runner.compiled:
-        deque(engine.warm_up(params.greedy, masked=spec is not None), maxlen=0)
+        deque(engine.warm_up(params.greedy, masked=masked), maxlen=0)
     return engine, figures
 
 
@@ -258,8 +295,14 @@ def profiled(engine: "Engine", args: argparse.Namespace) -> AbstractContextManag
     return nullcontext() if args.profile is None else engine.profile(args.profile)
 
 
-def chat(engine: "Engine", params: "SamplingParams", args: argparse.Namespace, figures: Figures) -> None:
-    """A conversation on the terminal, or line by line from a pipe."""
+def chat(
+    engine: "Engine",
+    params: "SamplingParams",
+    tools: list[dict[str, Any]] | None,
+    args: argparse.Namespace,
+    figures: Figures,
+) -> None:
+    """A conversation on the terminal, or line by line from a pipe. Tools are shown and called, not carried out."""
     history: list[dict[str, str]] = []
     asked = params.max_new_tokens
     for line in user_lines(quiet=args.quiet):
@@ -267,7 +310,7 @@ def chat(engine: "Engine", params: "SamplingParams", args: argparse.Namespace, f
             history.clear()
             continue
         history.append({"role": "user", "content": line})
-        ids = engine.tokenizer.apply_chat_template(history)
+        ids = engine.tokenizer.apply_chat_template(history, tools)
         room = engine.max_model_len - len(ids)
         if room < 1:
             history.pop()

@@ -25,6 +25,7 @@ xgrammar_backend.py      one of them
 llguidance_backend.py    the other
 vocabulary.py            the model's tokens as bytes
 
+tools.py                 tool calls in a model's own notation, as a structural tag
 grammars.py              the grammars of one model: vocabulary, compiler, constraints
 constraint.py            what limits one request, as the loop sees it
 masks.py                 the mask step

@@ -13,6 +13,7 @@ Refusals are remembered like grammars. What took too long or crashed is not: a b
     python -m pytest tests/test_grammar_compiler.py tests/test_grammar_hostile.py
 """
 
+import json
 import os
 import sys
 import threading
@@ -25,7 +26,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from errors import UserError
-from grammar import limits, support
+from grammar import limits, support, tag
 from grammar.matcher import Grammar
 from grammar.spec import Spec
 from grammar.vocabulary import Vocabulary
@@ -36,6 +37,7 @@ MAX_WAITING = 256  # specs that wait for a thread; one holds its text, up to wha
 MAX_WAITING_SLOW = 16  # for the worker, which may take `timeout` for each
 # of xgrammar's own cache, from which grammars take rules that they share; as it counts: what it holds is up to twenty times more
 RULE_CACHE_BYTES = 8 << 20
+MAX_BACKENDS = 4  # kept: two, and more for tags that spell control tokens; each has some 30 MB for a vocabulary of 152k
 
 Value = TypeVar("Value")
 
@@ -63,6 +65,7 @@ class _Job:
     """A spec on its way, and all who wait for it."""
 
     spec: Spec
+    backend: str | None  # None: still to be chosen
     futures: list[Future[Grammar]] = field(default_factory=list)
 
     @property
@@ -101,12 +104,16 @@ class Compiler:
         self._slow_lane = _Lane("grammar, slow", 1, MAX_WAITING_SLOW, self._start_slow, self._lock)
         self._worker = Worker(vocabulary.tokens, vocabulary.stop_ids, timeout, threads)
         self._closed = False
-        self._backends: dict[str, Backend] = {}
+        self._backends: OrderedDict[tuple[str, *tuple[int, ...]], Backend] = (
+            OrderedDict()
+        )  # in the order of their last use
         self._building = threading.Lock()
         weakref.finalize(self, _end, self._lock, (self._lane, self._slow_lane), self._worker)
 
-    def compile(self, spec: Spec) -> Future[Grammar]:
+    def compile(self, spec: Spec, backend: str | None = None) -> Future[Grammar]:
         """A future of the spec's grammar, at once; it has its result already if the spec is known.
+
+        backend: what `check` has said, if it was asked. Then it need not be asked again.
 
         Its exception is a UserError if the spec was refused, took too long, crashed the worker, or found the queue full.
         It is cancelled if the compiler is closed first. Who cancels it withdraws alone: who else waits for the spec gets theirs.
@@ -125,7 +132,7 @@ class Compiler:
                 job.futures.append(future)
             else:
                 self._counts["misses"] += 1
-                outcome = self._enqueue(_Job(spec, [future]), self._lane)
+                outcome = self._enqueue(_Job(spec, backend, [future]), self._lane)
         if outcome is not None:
             _settle(future, outcome)
         return future
@@ -197,7 +204,7 @@ class Compiler:
         if not self._still_wanted(job):
             return
         try:
-            backend = self.check(job.spec)
+            backend = job.backend or self.check(job.spec)
             if backend == "xgrammar" and limits.may_be_slow(job.spec):
                 return self._hand_over(job)
             outcome = self._compile_here(backend, job.spec)
@@ -217,8 +224,10 @@ class Compiler:
         if not self._still_wanted(job):
             return
         try:
-            serialized = self._worker.compile(job.spec)
-            outcome = self._compile_here("xgrammar", job.spec) if serialized is None else self._load(serialized)
+            serialized = self._worker.compile(job.spec, self._spoken(job.spec))
+            outcome = (
+                self._compile_here("xgrammar", job.spec) if serialized is None else self._load(job.spec, serialized)
+            )
         except Exception as error:
             outcome = error
         self._finish(job, outcome)
@@ -266,7 +275,7 @@ class Compiler:
 
     def _compile_here(self, name: str, spec: Spec) -> Grammar:
         """In a thread of this process. TookTooLong too; it cannot be stopped then, and runs on unheeded."""
-        backend = self._backend(name)
+        backend = self._backend(name, spec)
         result: Future[Grammar] = Future()
 
         def run() -> None:
@@ -281,21 +290,30 @@ class Compiler:
         except TimeoutError:
             raise TookTooLong.after(self._timeout) from None
 
-    def _load(self, serialized: str) -> Grammar:
+    def _load(self, spec: Spec, serialized: str) -> Grammar:
         """What the worker has compiled."""
-        backend = self._backend("xgrammar")
+        backend = self._backend("xgrammar", spec)
         from xgrammar import CompiledGrammar
 
         from grammar.xgrammar_backend import XgrammarGrammar
 
-        return XgrammarGrammar(CompiledGrammar.deserialize_json(serialized, backend.info))
+        return XgrammarGrammar(CompiledGrammar.deserialize_json(serialized, backend.info), backend.vocabulary)
 
-    def _backend(self, name: str) -> Backend:
+    def _backend(self, name: str, spec: Spec) -> Backend:
         """Built when it is first needed: to import xgrammar takes a second."""
+        spoken = self._spoken(spec)
+        key = (name, *spoken)
         with self._building:
-            if name not in self._backends:
-                self._backends[name] = _build(name, self.vocabulary)
-            return self._backends[name]
+            if key not in self._backends:
+                self._backends[key] = _build(name, self.vocabulary.speaking(spoken))
+            self._backends.move_to_end(key)
+            while len(self._backends) > MAX_BACKENDS:
+                self._backends.popitem(last=False)
+            return self._backends[key]
+
+    def _spoken(self, spec: Spec) -> dict[int, str]:
+        """Control tokens that are text in this spec, since it spells them."""
+        return self.vocabulary.spoken(tag.spelled(json.loads(spec.text))) if spec.kind == "structural_tag" else {}
 
 
 def _end(lock: threading.RLock, lanes: Iterable["_Lane"], worker: Worker) -> None:

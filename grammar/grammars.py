@@ -37,14 +37,12 @@ class Grammars:
 
     def compile(self, spec: Spec) -> "Future[Grammar]":
         """As `Compiler.compile`; UserError at once for what need not be compiled to be refused."""
-        self.compiler.check(spec)
-        return self.compiler.compile(spec)
+        return self.compiler.compile(spec, self.compiler.check(spec))
 
     def constrain(self, grammar: Grammar, jump: bool, finish_within: int | None) -> GrammarConstraint:
         """What limits a new request. finish_within: its new tokens, if its text is to be brought to an end in time."""
-        vocabulary = self.compiler.vocabulary
-        finisher = None if finish_within is None else Finisher(vocabulary, finish_within)
-        return GrammarConstraint(grammar.matcher(), vocabulary, jump, finisher)
+        finisher = None if finish_within is None else Finisher(grammar.vocabulary, finish_within)
+        return GrammarConstraint(grammar.matcher(), grammar.vocabulary, jump, finisher)
 
     def stats(self) -> CompilerStats | None:
         return self._compiler and self._compiler.stats()

@@ -88,7 +88,7 @@ class LlguidanceGrammar:
     backend = "llguidance"
 
     def __init__(self, first: LLMatcher, vocabulary: Vocabulary, characters: int):
-        self._first, self._vocabulary, self._characters = first, vocabulary, characters
+        self._first, self.vocabulary, self._characters = first, vocabulary, characters
 
     @property
     def size(self) -> int:
@@ -96,7 +96,7 @@ class LlguidanceGrammar:
         return BYTES + self._characters * BYTES_PER_CHARACTER
 
     def matcher(self) -> LlguidanceMatcher:
-        return LlguidanceMatcher(self._first.deep_copy(), self._vocabulary)
+        return LlguidanceMatcher(self._first.deep_copy(), self.vocabulary)
 
 
 class LlguidanceBackend:

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from grammar.vocabulary import Vocabulary
+
 
 class Matcher(Protocol):
     """The state of one request. It belongs to one thread at a time; those of different requests are independent."""
@@ -51,6 +53,10 @@ class Grammar(Protocol):
     @property
     def backend(self) -> str:
         """ "xgrammar" or "llguidance"."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the tokens that its matchers know."""
 
     @property
     def size(self) -> int:

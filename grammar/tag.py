@@ -37,7 +37,7 @@ _INNER = {  # type -> the field that holds the formats in it
     "token_triggered_tags": "tags",
     "triggered_tags": "tags",
 }
-_TEXTS = ("begin", "end", "excludes", "separator", "triggers", "value")
+_SPELLED = ("begin", "end", "separator", "triggers", "value")
 
 
 @dataclass
@@ -48,11 +48,24 @@ class Format:
 
     def texts(self) -> Iterator[str]:
         """What it spells, or looks for in a text."""
-        for name in _TEXTS:
-            value = self.fields.get(name)
-            yield from (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
+        yield from self.spelled()
+        yield from self._of("excludes")
+
+    def spelled(self) -> Iterator[str]:
+        """What may have to be written."""
+        for name in _SPELLED:
+            yield from self._of(name)
         if self.kind == "dispatch":
             yield from (rule[0] for rule in self.fields["rules"] if isinstance(rule[0], str))
+
+    def _of(self, name: str) -> Iterator[str]:
+        value = self.fields.get(name)
+        yield from (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
+
+
+def spelled(document: dict[str, Any]) -> list[str]:
+    """All that a text in these formats may have to spell, schemas and grammars aside."""
+    return [text for part in read(document) for text in part.spelled()]
 
 
 def read(document: dict[str, Any]) -> list[Format]:

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +38,7 @@ START_SECONDS = 120.0  # a machine that has much else to do may need twenty time
 QUICK_SECONDS = 0.5  # a compile; to write a grammar as text and read it takes as long, or longer
 MEMORY_BYTES = 2 << 30  # of address space, on top of what the imports take
 MAX_ANSWER_BYTES = 128 << 20  # to read so much takes the engine's process 4 s of a thread and 0.7 GB for a moment
+NICENESS = 10  # it gives way to the engine: where all cores are busy it gets a tenth of what another process gets
 STACK_BYTES = 64 << 20  # of address space; the parsers are recursive
 
 FRAME = struct.Struct(">Q")  # how many bytes follow; of an answer, the first of them is one of these
@@ -89,15 +91,17 @@ class Worker:
         self._closed = False
         self._lock = threading.Lock()  # of the two above
 
-    def compile(self, spec: Spec) -> str | None:
+    def compile(self, spec: Spec, spoken: Mapping[int, str] | None = None) -> str | None:
         """A grammar of xgrammar's, serialized for the same vocabulary; None if it is quick to compile, and does no harm.
+
+        spoken: as for `Vocabulary.speaking`.
 
         UserError if it was refused, was late, or crashed. RuntimeError if no worker can be had.
         """
         if self._process is None or self._process.poll() is not None:  # somebody else may have killed it
             self._start()
         try:
-            answer = self._exchange(asdict(spec), self._timeout)
+            answer = self._exchange({"spec": asdict(spec), "spoken": list((spoken or {}).items())}, self._timeout)
         except TimeoutError:
             raise TookTooLong.after(self._timeout) from None
         except EOFError:
@@ -193,39 +197,46 @@ def _read(pipe: BinaryIO, size: int) -> bytes:
 
 
 def main() -> None:
+    os.nice(NICENESS)
     # what anybody prints goes to stderr: stdout carries answers
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     setup = json.loads(read_frame(sys.stdin.buffer))
 
-    # these take seconds, and the engine's process waits until its setup has been read
-    from grammar.vocabulary import Vocabulary
-    from grammar.xgrammar_backend import XgrammarBackend
-
-    tokens = [token.encode("latin-1") for token in setup["tokens"]]
-    vocabulary = Vocabulary(tokens, setup["stop_ids"], encode=_no_encode)
-    # no cache: xgrammar's grows with every compile, and what comes from here is cached where it goes
-    backend = XgrammarBackend(vocabulary, threads=setup["threads"], cache_bytes=0)
+    backend = _backend(setup, {})
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, _mapped_bytes() + setup["memory_bytes"] + STACK_BYTES)
     write_frame(answers, READY)
 
-    specs: queue.SimpleQueue[Spec] = queue.SimpleQueue()
+    asked: queue.SimpleQueue[dict] = queue.SimpleQueue()
     threading.stack_size(STACK_BYTES)
-    threading.Thread(target=_serve, args=(backend, specs, answers, setup), daemon=True).start()
+    threading.Thread(target=_serve, args=(backend, asked, answers, setup), daemon=True).start()
     with suppress(EOFError):
         while True:
-            specs.put(Spec(**json.loads(read_frame(sys.stdin.buffer))))
+            asked.put(json.loads(read_frame(sys.stdin.buffer)))
     os._exit(0)
 
 
-def _serve(backend: Backend, specs: "queue.SimpleQueue[Spec]", answers: BinaryIO, setup: dict) -> None:
+def _backend(setup: dict, spoken: dict[int, str]) -> Backend:
+    # these take seconds, and the engine's process waits until its setup has been read
+    from grammar.vocabulary import Vocabulary
+    from grammar.xgrammar_backend import XgrammarBackend
+
+    tokens = [spoken[i].encode() if i in spoken else token.encode("latin-1") for i, token in enumerate(setup["tokens"])]
+    stop_ids = [i for i in setup["stop_ids"] if i not in spoken]
+    # no cache: xgrammar's grows with every compile, and what comes from here is cached where it goes
+    return XgrammarBackend(Vocabulary(tokens, stop_ids, _no_encode), threads=setup["threads"], cache_bytes=0)
+
+
+def _serve(backend: Backend, asked: "queue.SimpleQueue[dict]", answers: BinaryIO, setup: dict) -> None:
     try:
         while True:
-            spec = specs.get()
+            message = asked.get()
+            spec, spoken = Spec(**message["spec"]), dict(message["spoken"])
             used = resource.getrusage(resource.RUSAGE_SELF)
             _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + setup["cpu_seconds"])
-            write_frame(answers, _answer(backend, spec, setup["quick_seconds"]))
+            able = _backend(setup, spoken) if spoken else backend
+            write_frame(answers, _answer(able, spec, setup["quick_seconds"]))
     except BaseException:
         traceback.print_exc()
         os._exit(1)

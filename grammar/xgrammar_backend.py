@@ -73,8 +73,8 @@ class XgrammarMatcher:
 class XgrammarGrammar:
     backend = "xgrammar"
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar):
-        self.compiled = compiled
+    def __init__(self, compiled: xgrammar.CompiledGrammar, vocabulary: Vocabulary):
+        self.compiled, self.vocabulary = compiled, vocabulary
 
     @property
     def size(self) -> int:
@@ -90,6 +90,7 @@ class XgrammarBackend:
     name = "xgrammar"
 
     def __init__(self, vocabulary: Vocabulary, threads: int = 1, cache_bytes: int = 8 << 20):
+        self.vocabulary = vocabulary
         self.info = xgrammar.TokenizerInfo(
             vocabulary.tokens,
             xgrammar.VocabType.RAW,
@@ -105,7 +106,7 @@ class XgrammarBackend:
             compiled = self._compile(spec)
         except RuntimeError as error:
             raise RuntimeError(one_line(str(error))) from error
-        grammar = XgrammarGrammar(compiled)
+        grammar = XgrammarGrammar(compiled, self.vocabulary)
         check_matches(grammar, self.info.vocab_size)
         return grammar
 

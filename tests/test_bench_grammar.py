@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import grammar
+from bench import grammar, grammar_hostile
 from bench.checkpoints import BUNDLED
 from grammar.vocabulary import Vocabulary
 from tokenizer import Tokenizer
@@ -61,3 +61,15 @@ def test_schemas_of_a_file(tmp_path: Path):
 
 def test_a_plain_check_takes_as_long_as_its_vocabulary():
     assert 0 < grammar.plain_check(vocabulary()) < 1
+
+
+def test_hostile_company(capsys):
+    threads = torch.get_num_threads()
+    try:
+        grammar_hostile.main(["--rows", "2", "--new-tokens", "40", "--rate", "50", "--repeats", "1", "--threads", "1"])
+    finally:
+        torch.set_num_threads(threads)
+    company = json.loads(capsys.readouterr().out.splitlines()[-1])["company"]
+    assert set(company) == {"alone", "harmless", "hostile"}
+    assert all(each["tokens_per_s"]["median"] > 0 for each in company.values())
+    assert "refused" not in company["harmless"] and company["hostile"]["refused"] > 0

@@ -96,9 +96,25 @@ def test_structured_output(args: list[str], pattern: str, tmp_path: Path):
         assert re.fullmatch(pattern, sample["text"], re.DOTALL) and sample["finish_reason"] == "stop", result.stderr
 
 
+TOOLS = f'[{{"type": "function", "function": {{"name": "get_weather", "parameters": {CITY}}}}}]'
+
+
+@pytest.mark.parametrize("choice", [["--tool-choice", "required"], ["--tool-choice", "get_weather"], []])
+def test_a_tool_is_called_in_the_notation_of_the_model(choice: list[str]):
+    result = run("--chat", "--tools", TOOLS, *choice, *GREEDY[:4], stdin="What is the weather in Oslo?\n")
+    call = re.search(r"<tool_call>\n(.*)\n</tool_call>", result.stdout)
+    assert json.loads(call[1]) == {"name": "get_weather", "arguments": {"city": "Oslo"}}, result
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
+        (["--prompt", "x", "--tools", TOOLS], "give --chat"),
+        (["--chat", "--tool-choice", "auto"], "there are none"),
+        (["--chat", "--tools", "{"], "--tools is not valid JSON"),
+        (["--chat", "--tools", "[]"], "a JSON list of at least one"),
+        (["--chat", "--tools", TOOLS, "--tool-choice", "other"], "the tools are get_weather"),
+        (["--chat", "--tools", TOOLS, "--tool-call-parser", "qwen"], "must be one of"),
         (["--prompt", "x", "--json-schema", "none.json"], "there is no file none.json"),
         (["--prompt", "x", "--json-schema", "{"], "json_schema is not valid JSON"),
         (["--prompt", "x", "--json-schema", '{"type": "text"}'], "text"),
