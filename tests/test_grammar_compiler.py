@@ -311,7 +311,7 @@ class SlowWorker:
     def __init__(self, *_: object):
         self.go, self.asked = threading.Event(), []
 
-    def compile(self, spec: Spec) -> str:
+    def compile(self, spec: Spec, spoken: dict | None = None) -> str:
         self.asked.append(spec.text)
         assert self.go.wait(LONG)
         if "crash" in spec.text:
@@ -544,7 +544,7 @@ def test_a_compiled_grammar_that_is_too_large_is_refused(vocabulary, monkeypatch
 
 
 def test_what_was_quick_in_the_worker_compiles_here(make, backend, monkeypatch):
-    monkeypatch.setattr(Worker, "compile", lambda self, spec: None)
+    monkeypatch.setattr(Worker, "compile", lambda self, spec, spoken: None)
     assert answer(make().compile(spec("slow"))).size == 1000
     assert backend.started == ["slow"]
 
