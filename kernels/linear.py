@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Rows the blocked layout is chosen for. Measured: packing for 16 is the best or level at 1 to 512 rows.
 PACK_FOR_ROWS = 16
+# Numbers in a matrix. A call of oneDNN takes some 15 us before it computes, of BLAS 2; up to here that decides.
+WORTH_A_CALL = 1 << 18
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 HAS_BF16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware
 CPU_DTYPES = (torch.float32, torch.bfloat16) if HAS_BF16 else (torch.float32,) if HAS_ONEDNN else ()  # worth all this
@@ -25,13 +27,16 @@ _library = torch.library.Library("folio", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in] times a weight [out, in], packed or plain -> [T, out]. Not to be traced: for inside of an op."""
+    if weight.is_mkldnn or (can_pack(weight) and weight.numel() >= WORTH_A_CALL):
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # plain: a little slower
+    return F.linear(x, weight, bias)
 
 
 # The dispatcher looks at both tensors, and the packed one has a key of its own.
-_library.impl("packed_linear", _packed_linear, "CPU")
-_library.impl("packed_linear", _packed_linear, "MkldnnCPU")
+_library.impl("packed_linear", product, "CPU")
+_library.impl("packed_linear", product, "MkldnnCPU")
 
 
 @torch.library.register_fake("folio::packed_linear", lib=_library)
@@ -61,7 +66,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if x.shape[0] == 1 and torch.compiler.is_compiling():
         y = (weight.float() * x.float()).sum(-1)[None]
         return (y if bias is None else y + bias).to(x.dtype)
-    return torch.ops.folio.packed_linear(x, weight, bias)  # oneDNN takes plain weights too, a little slower
+    return torch.ops.folio.packed_linear(x, weight, bias)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
