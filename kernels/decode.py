@@ -333,12 +333,13 @@ def paged_decode(
     scale: float,
     variant: Variant = CAUSAL,
     fixed_split: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One query for each of B sequences, the last of its tokens: q [B, H, D] -> [B, H, V].
 
     keys [slots, K, D] and values [slots, K, V], slot = page * page_size + offset; page_table [B, N], where the fewer columns
     there are, the fewer splits are made; lengths [B] tokens of each sequence, the query's included; 0 leaves zeros.
-    `fixed_split`: tokens of each split, for results that do not depend on the batch. ValueError for what does not fit
-    together.
+    `fixed_split`: tokens of each split, for results that do not depend on the batch. sinks [H]: see `Variant`. ValueError for
+    what does not fit together.
     """
-    return _decode(q, keys, values, page_table, lengths, page_size, scale, fixed_split, *variant.flat)
+    return _decode(q, keys, values, page_table, lengths, page_size, scale, fixed_split, *variant.flat, sinks)

@@ -19,11 +19,19 @@ LANES = 16  # float32 in the widest vector register of a CPU
 
 
 def decode_in_loops(
-    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, scale: float, variant: Variant
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    scale: float,
+    variant: Variant,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k' * scale) v of one query a sequence: q [B, H, D], keys [slots, K, D], values [slots, K, V] -> [B, H, V].
 
     slots [B, L] of each history entry, positions [B] of the queries: entries behind it must repeat a slot that may be read.
+    sinks [H]: see `Variant`.
     """
     B, H, D = q.shape
     L, K = slots.shape[1], keys.shape[1]
@@ -36,12 +44,12 @@ def decode_in_loops(
     scores = apply_in_torch(variant, scores, positions.view(B, 1, 1), entry, head)
 
     top = scores.amax(-1, keepdim=True).clamp(min=-1e30)  # not -inf: -inf - -inf is NaN
-    if variant.sinks is not None:
-        top = top.maximum(variant.sinks[:, None])
+    if sinks is not None:
+        top = top.maximum(sinks[:, None])
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
-    if variant.sinks is not None:
-        total = total + (variant.sinks[:, None] - top).exp()
+    if sinks is not None:
+        total = total + (sinks[:, None] - top).exp()
     weights = weights / torch.where(total == 0, 1, total)  # a query that sees nothing gets zeros
     return weighted_values(weights.transpose(1, 2), values, slots).to(q.dtype)
 

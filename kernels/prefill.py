@@ -261,12 +261,13 @@ def paged_prefill(
     page_size: int,
     scale: float,
     variant: Variant = CAUSAL,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The new tokens of B sequences: q [T, H, D] -> [T, H, V].
 
     keys [slots, K, D] and values [slots, K, V], slot = page * page_size + offset, where the new tokens' own have been
     written already; page_table [B, N]; query_start [B + 1]: sequence b has tokens query_start[b] ... query_start[b + 1] - 1 of q;
     lengths [B]: all its tokens, the new ones included. Tokens behind query_start[B], and those of a sequence of length
-    0, get zeros. ValueError for what does not fit together.
+    0, get zeros. sinks [H]: see `Variant`. ValueError for what does not fit together.
     """
-    return _prefill(q, keys, values, page_table, query_start, lengths, page_size, scale, *variant.flat)
+    return _prefill(q, keys, values, page_table, query_start, lengths, page_size, scale, *variant.flat, sinks)

@@ -125,7 +125,8 @@ def attention_bias(positions: Tensor, history: int, mask: Mask, groups: int, dty
 
 _library = torch.library.Library("folio", "FRAGMENT")
 _library.define(
-    "paged_sdpa(Tensor q, Tensor keys, Tensor values, Tensor read_slots, Tensor shapes, float scale, Tensor bias) -> Tensor"
+    "paged_sdpa(Tensor q, Tensor keys, Tensor values, Tensor read_slots, Tensor shapes, float scale, Tensor bias, "
+    "Tensor? sinks) -> Tensor"
 )
 _library.define(
     "paged_reference(Tensor q, Tensor keys, Tensor values, Tensor read_slots, Tensor shapes, float scale, Tensor positions, "
@@ -134,7 +135,14 @@ _library.define(
 
 
 def _paged_sdpa(
-    q: Tensor, keys: Tensor, values: Tensor, read_slots: Tensor, shapes: Tensor, scale: float, bias: Tensor
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    read_slots: Tensor,
+    shapes: Tensor,
+    scale: float,
+    bias: Tensor,
+    sinks: Tensor | None,
 ) -> Tensor:
     """softmax(q k' * scale + bias) v over each sequence's pages: q [T, H, D] -> [T, H, V]. The rest as in `Rectangles`.
 
@@ -145,9 +153,22 @@ def _paged_sdpa(
     for x, k, v, _ in histories(q, keys, values, read_slots, shapes):
         B, rows, L = len(x), x.shape[2], k.shape[2]
         mask = bias.narrow(0, cell, B * rows * L).view(B, 1, rows, L)
-        parts.append(F.scaled_dot_product_attention(x, k, v, attn_mask=mask, scale=scale))
+        if sinks is None:
+            parts.append(F.scaled_dot_product_attention(x, k, v, attn_mask=mask, scale=scale))
+        else:
+            parts.append(sdpa_with_sinks(x, k, v, mask, scale, sinks))
         cell += mask.numel()
     return joined(parts, q.shape[1])
+
+
+def sdpa_with_sinks(x: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor) -> Tensor:
+    """Of one block, on a CPU. A sink only adds e^sink to the sum of weights, which ordinary attention knows: it is the log of it
+    that the backward pass wants. So out * sum / (sum + e^sink) = out * sigmoid(log sum - sink).
+    """
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, k, v, attn_mask=mask, scale=scale)
+    B, K, rows = log_sum.shape
+    share = torch.sigmoid(log_sum.view(B, K, len(sinks) // K, -1) - sinks.to(log_sum.dtype).view(K, -1, 1))
+    return out * share.view(B, K, rows, 1).to(out.dtype)
 
 
 def _paged_reference(
@@ -165,7 +186,7 @@ def _paged_reference(
     mask_args: list[int],
     sinks: Tensor | None,
 ) -> Tensor:
-    """The same with the softmax written out, and any variant: positions [T] of the queries, then `Variant.flat`.
+    """The same with the softmax written out, and any variant: positions [T] of the queries, then `Variant.flat`, then sinks.
 
     A query that sees nothing, and has no sink, gets zeros.
     """

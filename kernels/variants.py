@@ -93,6 +93,17 @@ def sliding_window_first(query, args):
     return query - args[0] + 1
 
 
+@jit
+def chunk(query, key, args):
+    """The keys of the query's own chunk: positions 0 ... size - 1, size ... 2 size - 1, and so on (Llama 4, 2025). args: size."""
+    return query // args[0] == key // args[0]
+
+
+@jit
+def chunk_first(query, args):
+    return query // args[0] * args[0]
+
+
 @dataclass(frozen=True)
 class MaskMod:
     """`sees(query, key, args)` -> bool [M, N]; `first(query, args)` -> the first key that it or a later sees."""
@@ -102,7 +113,10 @@ class MaskMod:
 
 
 SCORE_MODS: dict[str, Callable] = {"softcap": softcap, "alibi": alibi}
-MASK_MODS: dict[str, MaskMod] = {"sliding_window": MaskMod(sliding_window, sliding_window_first)}
+MASK_MODS: dict[str, MaskMod] = {
+    "sliding_window": MaskMod(sliding_window, sliding_window_first),
+    "chunk": MaskMod(chunk, chunk_first),
+}
 
 
 # ---- what a caller says
@@ -114,14 +128,14 @@ Mask = tuple[str, tuple[int, ...]]  # a mask mod and its arguments: layers that 
 class Variant:
     """Which of them, with which arguments. Names and plain values, so that it passes through a `torch.library` op.
 
-    `sinks` [H]: a score that belongs to no key but takes its share of the softmax (Xiao et al., 2024; gpt-oss, 2025).
+    Attention sinks are not a variant but weights, which every kernel takes beside it: `sinks` [H], for each head a score that
+    belongs to no key but takes its share of the softmax (Xiao et al., 2024; gpt-oss, 2025).
     """
 
     score_mod: str = ""
     score_args: tuple[float | Tensor, ...] = ()  # numbers first, tensors last
     mask_mod: str = ""
     mask_args: tuple[int, ...] = ()
-    sinks: Tensor | None = None
     # Both as functions of PyTorch tensors. Made here: torch.compile can call them, but not watch them being made.
     score_in_torch: Callable | None = field(init=False, repr=False, compare=False, default=None)
     sees_in_torch: Callable | None = field(init=False, repr=False, compare=False, default=None)
@@ -139,11 +153,11 @@ class Variant:
             object.__setattr__(self, "sees_in_torch", in_torch(MASK_MODS[self.mask_mod].sees))
 
     @property
-    def flat(self) -> tuple[str, list[float], list[Tensor], str, list[int], Tensor | None]:
-        """As the arguments of a `torch.library` op: score mod, its numbers and tensors, mask mod, its numbers, sinks."""
+    def flat(self) -> tuple[str, list[float], list[Tensor], str, list[int]]:
+        """As the arguments of a `torch.library` op: score mod, its numbers and tensors, mask mod, its numbers."""
         numbers = [float(a) for a in self.score_args if not isinstance(a, Tensor)]
         tensors = [a for a in self.score_args if isinstance(a, Tensor)]
-        return self.score_mod, numbers, tensors, self.mask_mod, list(self.mask_args), self.sinks
+        return self.score_mod, numbers, tensors, self.mask_mod, list(self.mask_args)
 
     @property
     def mask(self) -> Mask:
@@ -157,17 +171,21 @@ class Variant:
     @property
     def only_masks(self) -> bool:
         """Is it anything that an additive mask can express?"""
-        return not self.score_mod and self.sinks is None
+        return not self.score_mod
 
 
 CAUSAL = Variant()
 
 
-def model_variant(softcap: float | None, window: int | None, sinks: Tensor | None = None) -> Variant:
-    """What the fields of a `ModelConfig` ask for."""
+def model_variant(softcap: float | None, window: int | None, chunk_size: int | None = None) -> Variant:
+    """What the fields of a `ModelConfig` ask for; a layer has a window or chunks, not both."""
     score = ("softcap", (softcap,)) if softcap is not None else ("", ())
     mask = ("sliding_window", (window,)) if window is not None else ("", ())
-    return Variant(*score, *mask, sinks)
+    if chunk_size is not None:
+        if window is not None:
+            raise ValueError(f"a layer cannot have both a window ({window}) and chunks ({chunk_size})")
+        mask = ("chunk", (chunk_size,))
+    return Variant(*score, *mask)
 
 
 # ---- the same functions in PyTorch

@@ -73,9 +73,13 @@ def write(case: Case, new: list[int]) -> None:
     write_kv(case.keys, case.values, layout_of(case, new).write_slots, k, v)
 
 
-def naive(case: Case, q: Tensor, b: int, head: int, position: int, scale, window, softcap, slopes, sinks) -> Tensor:
+def naive(
+    case: Case, q: Tensor, b: int, head: int, position: int, scale, window, softcap, slopes, sinks, chunk
+) -> Tensor:
     """One query, one head, in float64: q [D] -> [D]."""
     first = 0 if window is None else max(0, position - window + 1)
+    if chunk is not None:
+        first = position - position % chunk
     k, v = (t[first : position + 1, head // (case.heads // case.kv_heads)].double() for t in case.history[b])
     scores = [float(q.double() @ row) * scale for row in k]
     if softcap is not None:
@@ -95,23 +99,24 @@ def assert_matches(
     softcap=None,
     slopes=None,
     sinks=None,
+    chunk=None,
     dtype=torch.float32,
     tol=1e-5,
     backends=("sdpa", "reference"),
 ):
-    variant = model_variant(softcap, window, sinks)
+    variant = model_variant(softcap, window, chunk)
     if slopes is not None:
         variant = replace(variant, score_mod="alibi", score_args=(slopes,))
     q = torch.randn(sum(new), case.heads, case.dim)
     keys, values = case.keys.to(dtype), case.values.to(dtype)
     for backend in backends:
         layout = layout_of(case, new, variant, dtype, backend)
-        out = attend(layout, q.to(dtype), keys, values, scale, variant)
+        out = attend(layout, q.to(dtype), keys, values, scale, variant, sinks)
         assert out.shape == q.shape and out.dtype == dtype
         assert layout.positions.tolist() == [p for _, p in tokens_of(case, new)]
         for i, (b, p) in enumerate(tokens_of(case, new)):
             for h in range(case.heads):
-                expected = naive(case, q[i, h], b, h, p, scale, window, softcap, slopes, sinks)
+                expected = naive(case, q[i, h], b, h, p, scale, window, softcap, slopes, sinks, chunk)
                 torch.testing.assert_close(out[i, h].double(), expected, rtol=tol, atol=tol)
 
 
@@ -143,6 +148,34 @@ def test_alibi_and_sinks(window: int | None):
         assert_matches(case, new, window, slopes=slopes)
         assert_matches(case, new, window, sinks=sinks)
         assert_matches(case, new, window, slopes=slopes, sinks=sinks)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_chunks(chunk: int):
+    """Chunks of tokens that do not see each other, which begin and end anywhere in a page and in a chunk of a prompt."""
+    case = make(11, [5, 30, 8], 4, heads=4, kv_heads=2)
+    write(case, case.lengths)
+    for new in ([1, 1, 1], [3, 16, 1]):
+        assert_matches(case, new, chunk=chunk)
+        assert_matches(case, new, softcap=2.0, sinks=torch.randn(4), chunk=chunk)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_beside_pytorchs_own_attention(dtype: torch.dtype, groups: int):
+    """Sinks far below and far above every score, one of them of the dtype of the weights; and SDPA is what ran."""
+    case = make(12, [6, 21], 4, heads=2 * groups, kv_heads=2)
+    case.history = [tuple(t.to(dtype).float() for t in kv) for kv in case.history]
+    write(case, case.lengths)
+    sinks = torch.linspace(-60, 60, 2 * groups).to(dtype)
+    tol = 1e-5 if dtype == torch.float32 else 0.05
+    for new in ([1, 1], [6, 9]):
+        assert_matches(case, new, sinks=sinks, dtype=dtype, tol=tol)
+    q = torch.randn(2, 2 * groups, case.dim, dtype=dtype)
+    layout, cache = layout_of(case, [1, 1], dtype=dtype), (case.keys.to(dtype), case.values.to(dtype))
+    with torch.profiler.profile() as profile:
+        attend(layout, q, *cache, 0.3, CAUSAL, sinks)
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in {event.name for event in profile.events()}
 
 
 @jit
@@ -203,6 +236,16 @@ def test_which_backend_on_a_gpu():
         with pytest.raises(UserError, match=f"multiples of 8, up to 256, not {head_dim}: use 'sdpa'"):
             choose_backend("auto", cuda, head_dim)
         assert choose_backend("sdpa", cuda, head_dim) == "sdpa"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_which_backend_for_a_latent_on_a_gpu():
+    cuda = torch.device("cuda")
+    assert choose_backend("auto", cuda, 500, latent=(512, 64)) == "triton"  # a head of that size is never made
+    for latent in ((500, 64), (512, 8), (512, 48)):
+        with pytest.raises(UserError, match=f"powers of 2, at least 16, not {latent[0]} and {latent[1]}: use 'sdpa'"):
+            choose_backend("auto", cuda, 128, latent)
+        assert choose_backend("sdpa", cuda, 128, latent) == "sdpa"
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -30,18 +30,24 @@ def step(lengths: list[int], page_size: int = 4, H: int = 4, K: int = 2, D: int 
     return torch.randn(B, H, D), keys, values, slots, last
 
 
-def reference(args: Step, scale: float, variant: Variant) -> Tensor:
+def reference(args: Step, scale: float, variant: Variant, sinks: Tensor | None) -> Tensor:
     """The same step in float64, of the numbers as they were rounded."""
     q, keys, values, slots, positions = args
     q, keys, values = q.double(), keys.double(), values.double()
     shapes = torch.tensor([len(q), 1, slots.shape[1]])
-    return paged_reference(q, keys, values, slots.flatten(), shapes, scale, positions, *variant.flat)
+    return paged_reference(q, keys, values, slots.flatten(), shapes, scale, positions, *variant.flat, sinks)
 
 
-def assert_matches(args: Step, variant: Variant = CAUSAL, decode=decode_in_loops, tol: float = 2e-6) -> None:
-    out = decode(*args, 0.3, variant)
+def assert_matches(
+    args: Step,
+    variant: Variant = CAUSAL,
+    sinks: Tensor | None = None,
+    decode=decode_in_loops,
+    tol: float = 2e-6,
+) -> None:
+    out = decode(*args, 0.3, variant, sinks)
     assert out.dtype == args[0].dtype
-    torch.testing.assert_close(out.double(), reference(args, 0.3, variant), rtol=tol, atol=tol)
+    torch.testing.assert_close(out.double(), reference(args, 0.3, variant, sinks), rtol=tol, atol=tol)
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
@@ -59,17 +65,20 @@ def test_head_dims(dims: tuple[int, int]):
 SINKS = torch.tensor([-1.0, 0.0, 1.0, 3.0])
 SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.0])
 VARIANTS = {
-    "window": model_variant(None, 5),
-    "softcap": model_variant(2.0, None),
-    "alibi": Variant("alibi", (SLOPES,)),
-    "sinks": model_variant(None, None, SINKS),
-    "all": Variant("softcap", (2.0,), "sliding_window", (5,), SINKS),
+    "plain": (CAUSAL, None),
+    "window": (model_variant(None, 5), None),
+    "chunks": (model_variant(None, None, 5), None),
+    "softcap": (model_variant(2.0, None), None),
+    "alibi": (Variant("alibi", (SLOPES,)), None),
+    "sinks": (CAUSAL, SINKS),
+    "all": (model_variant(2.0, 5), SINKS),
+    "all, chunks": (model_variant(2.0, None, 5), SINKS),
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_variants(variant: Variant):
-    assert_matches(step([7, 33, 16]), variant)
+@pytest.mark.parametrize("variant, sinks", VARIANTS.values(), ids=VARIANTS)
+def test_variants(variant: Variant, sinks: Tensor | None):
+    assert_matches(step([7, 33, 16]), variant, sinks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -96,15 +105,15 @@ def dynamic(args: Step) -> Step:
     return args
 
 
-@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("name", ["plain", "all", "all, chunks"])
 def test_compiled(name: str):
     """One graph for every batch and length."""
-    variant = VARIANTS.get(name, CAUSAL)
+    variant, sinks = VARIANTS[name]
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(decode_in_loops, fullgraph=True)
     for lengths in ([7, 33, 16], [5, 2], [61, 3, 18, 1]):
-        assert_matches(dynamic(step(lengths)), variant, compiled)
+        assert_matches(dynamic(step(lengths)), variant, sinks, compiled)
     assert counters["stats"]["unique_graphs"] == 1
 
 

@@ -97,7 +97,7 @@ def lay_in_pages(case: Case) -> Case:
     return replace(case, **moved)
 
 
-def expected(case: Case, window=None, softcap=None, slopes=None, sinks=None) -> Tensor:
+def expected(case: Case, window=None, softcap=None, slopes=None, sinks=None, chunk=None) -> Tensor:
     """Attention as it is written on paper, in float64."""
     out = torch.zeros(*case.q.shape[:2], case.values.shape[2], dtype=torch.float64)
     starts = case.query_start.tolist()
@@ -115,6 +115,9 @@ def expected(case: Case, window=None, softcap=None, slopes=None, sinks=None) -> 
         hidden = distance < 0
         if window is not None:
             hidden = hidden | (distance >= window)
+        if chunk is not None:
+            position = torch.arange(len(k))
+            hidden = hidden | (position[-len(q) :, None] // chunk != position // chunk)
         weights = scores.masked_fill(hidden, float("-inf")).exp()
         total = weights.sum(-1, keepdim=True)
         if sinks is not None:
@@ -129,10 +132,9 @@ def run_decode(case: Case, variant: Variant = CAUSAL, **options) -> Tensor:
     )
 
 
-def run_prefill(case: Case, variant: Variant = CAUSAL) -> Tensor:
-    return paged_prefill(
-        case.q, case.keys, case.values, case.table, case.query_start, case.lengths, case.page_size, case.scale, variant
-    )
+def run_prefill(case: Case, variant: Variant = CAUSAL, sinks: Tensor | None = None) -> Tensor:
+    batch = (case.q, case.keys, case.values, case.table, case.query_start, case.lengths)
+    return paged_prefill(*batch, case.page_size, case.scale, variant, sinks)
 
 
 def error(out: Tensor, reference: Tensor) -> float:
@@ -210,13 +212,13 @@ def test_page_size_and_page_order_do_not_matter():
 def test_with_fixed_splits_a_row_is_the_same_bit_for_bit_in_any_batch(dtype, extras):
     case = make([150, 1, 700, 64, 0], heads=4, kv_heads=1, dim=32, dtype=dtype)
     sinks = torch.randn(4, device=DEVICE) if "sinks" in extras else None
-    variant = Variant(mask_mod="sliding_window", mask_args=(50,), sinks=sinks) if extras else CAUSAL
-    whole = run_decode(case, variant, fixed_split=64)
+    variant = variants.model_variant(None, extras.get("window"))
+    whole = run_decode(case, variant, fixed_split=64, sinks=sinks)
     for rows in ([0], [3, 0], [0, 1, 4], [1], [4, 3]):
         part = replace(case, q=case.q[rows], table=case.table[rows], lengths=case.lengths[rows])
         narrow = replace(part, table=part.table[:, : max(1, -(-int(part.lengths.max()) // 16))].contiguous())
         for some in (part, narrow):
-            assert run_decode(some, variant, fixed_split=64).equal(whole[rows])
+            assert run_decode(some, variant, fixed_split=64, sinks=sinks).equal(whole[rows])
 
 
 def test_a_plan_made_for_longer_sequences_is_right_for_shorter_ones():
@@ -318,13 +320,13 @@ def test_random_shapes(seed):
     lengths = [pick(0, 150) for _ in range(pick(1, 4))]
     shape = (pick(1, 130), kv_heads * pick(1, 7), kv_heads, 8 * pick(1, 16), dtype)
     case = make(lengths, [pick(min(n, 1), min(n, 60)) for n in lengths], *shape)
-    window, softcap = [None, pick(1, 120)][pick(0, 1)], [None, 2.0][pick(0, 1)]
-    sinks = [None, torch.randn(shape[1]).to(DEVICE)][pick(0, 1)]
-    variant = variants.model_variant(softcap, window, sinks)
-    assert_right(run_prefill(case, variant), expected(case, window, softcap, None, sinks), dtype)
-    case = make(lengths, None, *shape)
-    split = [None, 64, 128][pick(0, 2)]
-    assert_right(run_decode(case, variant, fixed_split=split), expected(case, window, softcap, None, sinks), dtype)
+    window, chunk = [(None, None), (pick(1, 120), None), (None, pick(1, 120))][pick(0, 2)]
+    softcap, sinks = [None, 2.0][pick(0, 1)], [None, torch.randn(shape[1]).to(DEVICE)][pick(0, 1)]
+    variant = variants.model_variant(softcap, window, chunk)
+    assert_right(run_prefill(case, variant, sinks), expected(case, window, softcap, None, sinks, chunk), dtype)
+    case, split = make(lengths, None, *shape), [None, 64, 128][pick(0, 2)]
+    out = run_decode(case, variant, fixed_split=split, sinks=sinks)
+    assert_right(out, expected(case, window, softcap, None, sinks, chunk), dtype)
 
 
 # ---- variants
@@ -338,14 +340,19 @@ OPTIONS = [
     {"window": 64},
     {"window": 65},
     {"window": 1000},
+    {"chunk": 1},
+    {"chunk": 64},
+    {"chunk": 67},
+    {"chunk": 1000},
     {"softcap": 3.0, "window": 37, "sinks": True},
+    {"softcap": 3.0, "chunk": 37, "sinks": True},
     {"slopes": True, "window": 100},
 ]
 
 
 def variant_of(options: dict, heads: int) -> tuple[Variant, dict]:
     options = {n: torch.randn(heads).abs().to(DEVICE) if x is True else x for n, x in options.items()}
-    variant = variants.model_variant(options.get("softcap"), options.get("window"), options.get("sinks"))
+    variant = variants.model_variant(options.get("softcap"), options.get("window"), options.get("chunk"))
     if "slopes" in options:
         variant = replace(variant, score_mod="alibi", score_args=(options["slopes"],))
     return variant, options
@@ -356,9 +363,10 @@ def test_variants(options):
     variant, options = variant_of(options, 4)
     case = make([0, 1, 64, 170], heads=4, kv_heads=1, dim=32)
     for split in (None, 64):
-        assert_right(run_decode(case, variant, fixed_split=split), expected(case, **options), F32)
+        out = run_decode(case, variant, fixed_split=split, sinks=options.get("sinks"))
+        assert_right(out, expected(case, **options), F32)
     case = make([3, 170, 0, 40], [3, 9, 0, 40], heads=4, kv_heads=1, dim=32)
-    assert_right(run_prefill(case, variant), expected(case, **options), F32)
+    assert_right(run_prefill(case, variant, options.get("sinks")), expected(case, **options), F32)
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if "sinks" not in o], ids=str)
@@ -373,6 +381,8 @@ def test_variants_on_pytorch_tensors(options):
     if "slopes" in options:
         right = right - options["slopes"].double()[:, None, None] * (query - key)
     hidden = (key > query) | (query - key >= options.get("window", 1000))
+    size = options.get("chunk", 1000)
+    hidden = hidden | (query // size != key // size)
     torch.testing.assert_close(out, right.masked_fill(hidden, float("-inf")))
 
 
@@ -459,13 +469,13 @@ def test_nan_in_one_sequence_stays_there():
 
 def test_passes_through_torch_compile_as_one_graph():
     case = make([20, 3], heads=2, kv_heads=1, dim=16)
-    variant = variants.model_variant(5.0, 7, torch.randn(2, device=DEVICE))
+    variant, sinks = variants.model_variant(5.0, 7), torch.randn(2, device=DEVICE)
 
     table, starts, lengths = case.table, case.query_start, case.lengths
 
     def both(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        decoded = paged_decode(q, keys, values, table, lengths, 16, 0.3, variant, fixed_split=64)
-        return decoded + paged_prefill(q, keys, values, table, starts, lengths, 16, 0.3, variant)
+        decoded = paged_decode(q, keys, values, table, lengths, 16, 0.3, variant, fixed_split=64, sinks=sinks)
+        return decoded + paged_prefill(q, keys, values, table, starts, lengths, 16, 0.3, variant, sinks)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert compiled(case.q, case.keys, case.values).equal(both(case.q, case.keys, case.values))
@@ -509,7 +519,7 @@ def test_bad_input_of_one_kernel():
             case.q, case.keys, case.values, case.table.to("meta"), case.lengths, 16, 1.0, None, [], case.query_start
         )
     with pytest.raises(ValueError, match=r"sinks must be \[4\]"):
-        run_prefill(case, Variant(sinks=torch.zeros(3, device=DEVICE)))
+        run_prefill(case, sinks=torch.zeros(3, device=DEVICE))
 
 
 def test_page_ids_are_checked_when_debugging(monkeypatch):
