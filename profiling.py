@@ -10,10 +10,10 @@ torch.profiler records. On a GPU its kernels and copies are the device's work, o
 thread. At any moment the event that has begun last owns the time; a moment without one counts as `host`, between the
 kernels of a step as well as between two steps. So the five add up to the wall time of the steps.
 
-An event belongs to a part by its name (`part_of`), on a CPU else to that of the operator that has called it. What no rule knows
-is `other`. A kernel that the compiler has fused from several parts counts as its product, if it has one. On a CPU, compiled
-code is one event, unless torch was told before its import to give each loop its name: `prepare` does, and `--compile` then
-compiles anew.
+An event belongs to a part by its name (`part_of`), on a CPU else to that of the operator that has called it (what attention
+calls is all attention). What no rule knows is `other`. A kernel that the compiler has fused from several parts counts as its
+product, if it has one. On a CPU, compiled code is one event, unless torch was told before its import to give each loop its
+name: `prepare` does, and `--compile` then compiles anew.
 
 Recording takes time itself, a microsecond or two an operator: an eager step is slower while it is watched.
 """
@@ -42,7 +42,7 @@ FUSED = re.compile(r"(triton_(?:poi|red|per)|cpp)_fused_(\w+)")  # Inductor: wha
 RULES = (  # the first that fits
     (
         "attention",
-        r"paged_|scaled_dot_product|flash|fmha|attention|triton_(decode|prefill)|mla_|\b(decode|prefill|merge)_kernel",
+        r"paged_|scaled_dot_product|flash|fmha|attention|triton_(decode|prefill)|mla_|latent_(decode|extend)|\b(decode|prefill|merge)_kernel",
     ),
     ("sampling", r"argmax|topk|sort|log_?softmax|isfinite|cutoff|triton_sample|\b(edit|survey|settle)_kernel"),
     (
@@ -82,7 +82,8 @@ class Event:
 def divide(events: Iterable[Event], periods: Sequence[tuple[float, float]], nested: bool) -> Counter[tuple[str, str]]:
     """Seconds of each (part, name) within the periods; ("host", "") is what is left of them.
 
-    nested: an event inside of another was called by it, and has its part where it has none of its own.
+    nested: an event inside of another was called by it, and has its part where it has none of its own. What attention calls is
+    attention: its products are two of the matrix products of a step, but not what a person looks for under that name.
     """
     ordered = sorted(events, key=lambda e: (e.start, -e.end))
     spent: Counter[tuple[str, str]] = Counter()
@@ -102,7 +103,8 @@ def divide(events: Iterable[Event], periods: Sequence[tuple[float, float]], nest
             while open_events and open_events[-1][0] <= now:
                 open_events.pop()
             caller = open_events[-1][1] if nested and open_events else "other"
-            open_events.append((event.end, part_of(event.name) or caller, event.name))
+            part = caller if caller == "attention" else part_of(event.name) or caller
+            open_events.append((event.end, part, event.name))
     return spent
 
 

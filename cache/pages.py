@@ -6,6 +6,9 @@ the device never sees it. Page 0 belongs to nobody: padded rows of a batch write
     python -m pytest tests/test_pages.py
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -57,15 +60,26 @@ class PagePool:
             raise RuntimeError(f"{len(used)} used and {len(self._free)} free are not all {self.total} pages, each once")
 
 
-def kv_cache(
-    layers: int, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """The memory of a pool: for each layer keys and values [slots, K, D], slots = pages * page_size.
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the cache keeps of a token: in each of `layers` layers, one array of each of these shapes.
 
-    Zeroed, so that page 0, which padding reads before anything was written there, holds numbers.
+    Keys and values of K heads are ((K, D), (K, D)); a latent with its rotated key (MLA) is ((R + rope,),).
     """
 
-    def tensor() -> Tensor:
-        return torch.zeros(slots, kv_heads, head_dim, dtype=dtype, device=device)
+    layers: int
+    shapes: tuple[tuple[int, ...], ...]
 
-    return [(tensor(), tensor()) for _ in range(layers)]
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """In all layers."""
+        return self.layers * sum(map(math.prod, self.shapes)) * dtype.itemsize
+
+    def allocate(self, slots: int, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, ...]]:
+        """The memory of a pool: for each layer a tensor [slots, *shape] of each shape, slots = pages * page_size.
+
+        Zeroed, so that page 0, which padding reads before anything was written there, holds numbers.
+        """
+        return [
+            tuple(torch.zeros(slots, *shape, dtype=dtype, device=device) for shape in self.shapes)
+            for _ in range(self.layers)
+        ]

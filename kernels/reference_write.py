@@ -66,7 +66,10 @@ def rope_and_write_latent(
 
     ValueError if a row of the cache is not that long.
     """
-    return rope_and_write(q_rope, *latent_as_heads(k_rope, latent, cache), cos, sin, slots, interleaved)
+    k, v, *_ = latent_as_heads(k_rope, latent, cache)
+    row = torch.cat((v, rotate(k, cos, sin, interleaved)), -1)[:, 0]  # one write of whole rows, and none to a view
+    cache.index_put_((slots,), row.to(cache.dtype))
+    return rotate(q_rope, cos, sin, interleaved)
 
 
 def latent_as_heads(k_rope: Tensor, latent: Tensor, cache: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.pages import PagePool, kv_cache
+from cache.pages import CacheLayout, PagePool
 from errors import UserError
 
 
@@ -101,10 +101,16 @@ def test_random_traffic_conserves_pages(size: int, steps: list[int | float]):
     assert sorted(pool.allocate(pool.total)) == list(range(1, size))
 
 
-def test_the_cache_is_zeroed_and_has_one_pair_a_layer():
-    cache = kv_cache(3, 8, 2, 5, torch.bfloat16, torch.device("cpu"))
+@pytest.mark.parametrize("shapes", [((2, 5), (2, 5)), ((24,),)], ids=["keys and values", "latent"])
+def test_the_cache_is_zeroed_and_each_layer_has_its_own(shapes: tuple):
+    cache = CacheLayout(3, shapes).allocate(8, torch.bfloat16, torch.device("cpu"))
     tensors = [t for layer in cache for t in layer]
-    assert len(cache) == 3 and len({t.data_ptr() for t in tensors}) == 6
-    for tensor in tensors:
-        assert tensor.shape == (8, 2, 5) and tensor.dtype == torch.bfloat16
-        assert not tensor.any()
+    assert len(cache) == 3 and len({t.data_ptr() for t in tensors}) == 3 * len(shapes)
+    for layer in cache:
+        assert [t.shape for t in layer] == [(8, *shape) for shape in shapes]
+        assert all(t.dtype == torch.bfloat16 and not t.any() for t in layer)
+
+
+def test_bytes_per_token():
+    assert CacheLayout(3, ((2, 5), (2, 4))).bytes_per_token(torch.float32) == 3 * (10 + 8) * 4
+    assert CacheLayout(61, ((512 + 64,),)).bytes_per_token(torch.bfloat16) == 61 * 1152

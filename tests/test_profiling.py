@@ -78,6 +78,9 @@ KERNELS = {
     "folio::packed_linear": "matmul",
     "folio::paged_sdpa": "attention",
     "folio::paged_reference": "attention",
+    "folio::latent_decode": "attention",
+    "folio::latent_extend": "attention",
+    "folio::mla_step": "attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
     "folio::cutoff": "sampling",
     "aten::_log_softmax": "sampling",
@@ -107,12 +110,14 @@ def parts(events: list[Event], *periods: tuple[float, float], nested: bool = Tru
 
 def test_the_innermost_event_owns_the_time_and_inherits_its_part():
     events = [
-        Event("folio::paged_sdpa", 1, 5),  # 1 of its own, 2 of the copy it makes
+        Event("folio::paged_sdpa", 1, 5),  # 1 of its own, 2 of the copy it makes, 1 of its product
         Event("aten::copy_", 1, 3),
         Event("aten::mm", 4, 5),
         Event("aten::add", 6, 7),
+        Event("folio::packed_linear", 8, 9),
+        Event("aten::argmax", 8, 8.5),  # a part of its own
     ]
-    assert parts(events, (0, 10)) == {"attention": 3, "matmul": 1, "other": 1, "host": 5}
+    assert parts(events, (0, 10)) == {"attention": 4, "matmul": 0.5, "sampling": 0.5, "other": 1, "host": 4}
 
 
 def test_kernels_at_once_count_once_and_inherit_nothing():

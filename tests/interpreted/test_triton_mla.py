@@ -1,4 +1,4 @@
-"""`kernels/mla.py` against plain PyTorch in float64.
+"""`kernels/mla.py` and `kernels/mla_extend.py` against plain PyTorch in float64.
 
 What the kernel must not read is NaN: slots that nobody owns, page 0, everything behind a sequence's last token. What it
 must write is NaN before. Seeds are fresh; FOLIO_SEED repeats one.
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
+import test_reference_mla
 import torch
 from torch import Tensor
 
-from kernels import mla, mla_splits, paged
+from kernels import mla, mla_extend, mla_splits, paged
 from kernels.mla_splits import Splits, balanced_splits, fixed_splits
-from kernels.reference_mla import mla_absorbed
+from kernels.reference_mla import mla_absorbed, mla_expanded
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -400,3 +401,38 @@ def test_every_gpu_has_a_tile():
     for arch in ("sm80", "sm86", "sm90", "sm100", "sm120", "gfx942", "gfx950"):
         for rows in (1, 16, 17, 64, 128):
             assert mla_splits.config(arch, rows, torch.bfloat16).block_m >= 16
+
+
+# ---- a step with chunks of prompts: `kernels/mla_extend.py`
+
+
+@pytest.mark.parametrize(
+    "lengths, new, expands",
+    [
+        ([9, 40, 70, 33], [1, 2, 40, 33], [False, False, True, True]),
+        ([50, 20, 3, 21], [50, 1, 1, 20], [True, False, False, True]),
+        ([70], [3], [False]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("heads_at_once", [1, 3])
+def test_step_in_the_cheaper_form(lengths, new, expands, heads_at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """Against the expanded form written out; decodes, short chunks and long ones in any order."""
+    for name, size in dict(R=32, ROPE=16, NOPE=8, V=24).items():
+        monkeypatch.setattr(test_reference_mla, name, size)
+    case = test_reference_mla.make(sum(new), lengths, new, 4, heads=3)
+    expected = mla_expanded(**case, page_size=4, scale=0.2)
+    taken, numbers = [], (8 + 16 + 24) * 4 * sum(-(-length // 4) for length in lengths)
+    monkeypatch.setattr(mla_extend, "MOST_NUMBERS", heads_at_once * numbers)
+    for name in ("attend_expanded", "mla_extend"):
+        do = getattr(mla_extend, name)
+        monkeypatch.setattr(
+            mla_extend, name, lambda *args, do=do, name=name: taken.append((name, len(args[-3]))) or do(*args)
+        )
+    case = {k: (t.float() if t.is_floating_point() else t).to(DEVICE) for k, t in case.items()}
+    w_k, w_v, starts = case.pop("w_k"), case.pop("w_v"), [a - b for a, b in zip(lengths, new, strict=True)]
+    where = case["cache"], case["page_table"], case["offsets"], case["lengths"], torch.tensor([*starts, *new])
+    out = mla_extend.mla_step(case["q_nope"], case["q_rope"], torch.cat((w_k, w_v), 1), *where, 4, 0.2)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=2e-5, atol=2e-5)
+    names = {True: "attend_expanded", False: "mla_extend"}
+    assert [name for name, count in taken for _ in range(count)] == [names[e] for e in expands]
