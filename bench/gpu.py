@@ -11,6 +11,8 @@
     batches       the same shape, 128 + 64 tokens, batch 1 to 512: tokens/s, and how a step divides; `neither_of_device` is
                   what is neither attention nor matmul, of the time in which the device works
     ablation      bench.ablate's workload on it: radix tree, overlap, graphs, compile, ... each off in turn
+    latent        DeepSeek-V2-Lite's shape (27 layers, latents, 64 experts), batch 1 to 128: tokens/s of three forms of attention,
+                  the share of the copy bandwidth, experts that are hit, and how much more than the mean the busiest has
     outputs       a small model: logprobs beside the CPU's, greedy ids with graphs and compiler beside those without
 
 Every part runs in a process of its own and has its share of the budget; what it has not finished by then is said to be skipped,
@@ -37,7 +39,15 @@ from bench.common import Stat, machine_facts, progress, significant, table
 from bench.gpu_parts import PARTS, Record, clean_up, full, tiny
 
 # Shares of the budget. One that is cut short finds its compiled code on the disk the next time.
-SHARES = {"ceilings": 30, "one_user": 170, "end_to_end": 100, "batches": 80, "ablation": 80, "outputs": 60}
+SHARES = {
+    "ceilings": 30,
+    "one_user": 170,
+    "end_to_end": 100,
+    "batches": 80,
+    "ablation": 80,
+    "latent": 120,
+    "outputs": 60,
+}
 SPARE = 0.15  # of a part's seconds, for what a row that has begun needs
 
 

@@ -22,6 +22,7 @@ import torch
 from bench import ablate, overlap
 from bench.checkpoints import SHAPES
 from bench.common import progress, significant, summarize
+from bench.gpu_latent import FORMS, TINY, V2_LITE, counted, form_of_attention, step_bytes
 from bench.kernel_cases import gpu_rig, tiny_rig
 from bench.kernels import measure_ceilings
 from bench.peer_engines.folio import greedy
@@ -67,9 +68,11 @@ class Setup:
     one: dict[str, Any]  # config.json of the model of one user, of many, and of the comparison with a CPU
     many: dict[str, Any]
     small: dict[str, Any]
+    latent: dict[str, Any]  # with latents and experts
     one_tokens: tuple[int, int]  # prompt, new
     batches: tuple[int, ...]
     batch_tokens: tuple[int, int]
+    latent_batches: tuple[int, ...]
     end_to_end: tuple[int, int, int, int]  # requests, prompt, new, token budget of a step
     workload: ablate.Workload
     prompts: int  # that GPU and CPU answer
@@ -83,10 +86,11 @@ class Setup:
 def full(copy: float | None, seconds: float, mode: str) -> Setup:
     return Setup(
         *(torch.device("cuda"), torch.bfloat16, True, mode, copy, time.monotonic() + seconds),
-        *(LLAMA_8B, overlap.LLAMA_1B, SMALL),
+        *(LLAMA_8B, overlap.LLAMA_1B, SMALL, V2_LITE),
         one_tokens=(128, 256),
         batches=tuple(2**n for n in range(10)),
         batch_tokens=(128, 64),
+        latent_batches=(1, 8, 32, 128),
         end_to_end=(256, 4096, 16, 8192),
         workload=ablate.Workload(users=32, questions=3, chunk=2048),
         prompts=32,
@@ -99,10 +103,11 @@ def tiny(copy: float | None, seconds: float, mode: str) -> Setup:
     shape = SHAPES["tiny"]
     return Setup(
         *(torch.device("cpu"), torch.float32, False, mode, copy, time.monotonic() + seconds),
-        *(shape, shape, shape),
+        *(shape, shape, shape, TINY),
         one_tokens=(8, 8),
         batches=(1, 2, 4),
         batch_tokens=(8, 6),
+        latent_batches=(1, 3),
         end_to_end=(4, 40, 4, 32),
         workload=replace(ablate.SMALL, users=2, questions=2),
         prompts=4,
@@ -187,6 +192,32 @@ def batches(s: Setup) -> Iterator[Record]:
         yield {"batch": size, "tokens_per_s": rate, "to_batch_1": rate.median / first} | divided(profile)
 
 
+def latent(s: Setup) -> Iterator[Record]:
+    """DeepSeek-V2-Lite's shape: decode of more and more requests, attention in three forms, as a share of the copy bandwidth."""
+    prompt_tokens, new = s.batch_tokens
+    longest = prompt_tokens + new
+    model = random_model(s, s.latent, longest)
+    loads = {size: expert_load(s, model, size) for size in s.latent_batches}
+    for form, backend in FORMS.items():
+        if backend == "triton" and not s.gpu:
+            yield {"form": form, "only_on_a_gpu": ["tokens_per_s"]}
+            continue
+        with form_of_attention(form):
+            options = dict(attention=backend, chunk_size=s.end_to_end[3])
+            engine, _ = start_engine(s, model, s.latent_batches[-1], longest, **options)
+            for size in s.latent_batches:
+                if time.monotonic() > s.deadline:
+                    yield {"form": form, "batch": size, "skipped": "no time is left"}
+                    continue
+                prompts = make_prompts(model, size, prompt_tokens)
+                engine.generate(prompts, greedy(4))  # meets all shapes
+                rate = summarize(decode_rate(engine.generate(prompts, greedy(new))) for _ in range(s.repeats))
+                read = step_bytes(model, size, prompt_tokens + new // 2, loads[size]["experts_hit"])
+                share = rate.median / size * read / s.copy if s.gpu and s.copy else None
+                record = {"form": form, "batch": size, "tokens_per_s": rate, "step_bytes": read, "mbu": share}
+                yield record | loads[size]
+
+
 def end_to_end(s: Setup) -> Iterator[Record]:
     """Many long prompts: from the first in to the last token out, beside the time in which the device had a step."""
     batch, prompt_tokens, new, chunk = s.end_to_end
@@ -267,7 +298,7 @@ def outputs(s: Setup) -> Iterator[Record]:
 
 
 PARTS: dict[str, Callable[[Setup], Iterator[Record]]] = {
-    f.__name__: f for f in (ceilings, one_user, end_to_end, batches, ablation, outputs)
+    f.__name__: f for f in (ceilings, one_user, end_to_end, batches, ablation, latent, outputs)
 }
 
 
@@ -316,6 +347,15 @@ def make_prompts(model: Transformer, count: int, tokens: int) -> list[list[int]]
 # ---- figures
 
 
+def expert_load(s: Setup, model: Transformer, rows: int) -> dict[str, float]:
+    """Of a few decodes of so many rows; see `counted`."""
+    prompt_tokens, new = s.batch_tokens[0], 4
+    engine, _ = start_engine(s, model, rows, prompt_tokens + new, compile=False, graphs=False)
+    with counted(model, rows) as found:
+        engine.generate(make_prompts(model, rows, prompt_tokens), greedy(new))
+    return found
+
+
 def decode_rate(outputs: list[RequestOutput]) -> float:
     """Tokens a second from when all have their first token to when the first one ends."""
     times = [completion.metrics.token_times for output in outputs for completion in output.outputs]
@@ -345,9 +385,8 @@ def idle_share(spans: list[tuple[float, float]]) -> float:
 
 
 def kv_bytes_per_token(model: Transformer) -> int:
-    """Keys and values of one token, in all layers."""
-    c = model.config
-    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+    """What the cache keeps of one token, in all layers."""
+    return model.config.cache.bytes_per_token(model.dtype)
 
 
 def divided(profile: Recorder) -> Record:

@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 os.environ.pop("TRITON_INTERPRET", None)  # this is about the compiler
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bench.compile_ahead import CHIPS, Kernel, compiling
 from kernels.decode import paged_decode
+from kernels.grouped import grouped_experts
 from kernels.kv_write import rope_and_write, rope_and_write_latent, write_kv
 from kernels.mla import mla_decode, mla_extend
 from kernels.mla_splits import Splits
@@ -46,12 +47,12 @@ class Case:
     """A launch: what the model looks like, and what it asks for."""
 
     kernel: str  # of LAUNCHES
-    dim: int = 128  # of a head; in MLA of the latent; in sampling the vocabulary
+    dim: int = 128  # of a head; in MLA of the latent; in sampling the vocabulary; of experts the hidden size
     dtype: str = "bfloat16"
-    group: int = 4  # query heads of a KV head; in MLA all of them
+    group: int = 4  # query heads of a KV head; in MLA all of them; of experts the mean number of rows
     page_size: int = 16
     variant: str = "causal"
-    value_dim: int | None = None  # None: as the keys
+    value_dim: int | None = None  # None: as the keys; of experts their intermediate size
 
 
 def cases(arch: str) -> list[Case]:
@@ -66,6 +67,7 @@ def cases(arch: str) -> list[Case]:
     found += [Case(k, variant=v) for k in kinds for v in ("softcap", "window", "alibi", "sinks", "softcap window")]
     found += [Case(k, 256, variant="softcap window") for k in kinds]  # Gemma 2 and 3
     found += [Case(k, 64, group=8, variant="window sinks") for k in kinds]  # gpt-oss
+    found += [Case(k, group=5, variant="chunk") for k in kinds]  # Llama 4
     found += [Case("direct"), Case("direct", variant="sinks"), Case("direct", 256)]
     found += [Case(k, 192, value_dim=128) for k in kinds]  # MLA in its expanded form
 
@@ -78,12 +80,26 @@ def cases(arch: str) -> list[Case]:
     found += [Case("mla_extend", 512, dtype, group=128) for dtype in ("float16", "float32")]
     found += [Case("mla_extend", 512, group=128, variant="splits")]
 
+    qwen, oss, llama = (2048, 768), (2880, 2880), (5120, 8192)  # Qwen3-30B-A3B; gpt-oss; Llama 4
+    found += [experts(qwen, group=rows) for rows in (1, 64, 128)]
+    found += [experts(qwen, dtype) for dtype in ("float16", "float32")]
+    found += [experts(oss, group=rows, variant="clamp bias") for rows in (1, 64, 128)]
+    found += [experts(llama, group=rows, variant="weigh") for rows in (1, 128)]
+
     found += [Case("write"), Case("rope"), Case("rope", 80), Case("rope", variant="interleaved")]
     found += [Case("rope_latent", 512, group=heads, variant="interleaved") for heads in (16, 128)]
     found += [Case("sample", 128256, "float32"), Case("sample", 151936, "float32", variant="bitmask")]
     if arch.startswith("sm"):
         return found
-    return [c for c in found if c.kernel == "sample" or c == Case(c.kernel, c.dim, group=c.group)]
+    return [
+        c
+        for c in found
+        if c.kernel == "sample" or c == replace(Case(c.kernel, c.dim, group=c.group), value_dim=c.value_dim)
+    ]
+
+
+def experts(sizes: tuple[int, int], dtype: str = "bfloat16", group: int = 1, variant: str = "causal") -> Case:
+    return Case("experts", sizes[0], dtype, group, variant=variant, value_dim=sizes[1])
 
 
 # ---- launches: only shapes count, so the tensors are small and hold nothing
@@ -96,11 +112,12 @@ def launch_attention(case: Case) -> None:
     keys = torch.zeros(case.page_size, KV_HEADS, case.dim, dtype=dtype)
     values = torch.zeros(case.page_size, KV_HEADS, case.value_dim or case.dim, dtype=dtype)
     table, starts, lengths = batch(B, case.page_size)
-    variant = variant_of(case.variant, H)
+    options = dict(page_size=case.page_size, scale=case.dim**-0.5, variant=variant_of(case.variant, H))
+    options["sinks"] = torch.zeros(H) if "sinks" in case.variant else None
     if case.kernel == "prefill":
-        paged_prefill(q, keys, values, table, starts, lengths, case.page_size, case.dim**-0.5, variant)
+        paged_prefill(q, keys, values, table, starts, lengths, **options)
     else:
-        paged_decode(q, keys, values, table, lengths, case.page_size, case.dim**-0.5, variant)
+        paged_decode(q, keys, values, table, lengths, **options)
 
 
 def batch(sequences: int, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +132,8 @@ def variant_of(words: str, heads: int) -> Variant:
     softcap = ("softcap", (50.0,)) if "softcap" in words else ("", ())
     score = ("alibi", (torch.zeros(heads),)) if "alibi" in words else softcap
     mask = ("sliding_window", (4096,)) if "window" in words else ("", ())
-    return Variant(*score, *mask, torch.zeros(heads) if "sinks" in words else None)
+    mask = ("chunk", (8192,)) if "chunk" in words else mask
+    return Variant(*score, *mask)
 
 
 def launch_mla(case: Case) -> None:
@@ -157,6 +175,18 @@ def launch_sample(case: Case) -> None:
     sample(torch.zeros(B, V), SamplingTensors.empty(B, V, torch.device("cpu")), rows, rows, bitmask)
 
 
+def launch_experts(case: Case) -> None:
+    """Few experts, so that the weights are small: nothing but the sort depends on their number."""
+    dtype, E, k, hidden, size = getattr(torch, case.dtype), 4, 2, case.dim, case.value_dim
+    T = max(1, case.group * E // k)
+    x, chosen = torch.zeros(T, hidden, dtype=dtype), torch.zeros(T, k, dtype=torch.int64)
+    gate_up, down = torch.zeros(E, 2 * size, hidden, dtype=dtype), torch.zeros(E, hidden, size, dtype=dtype)
+    biases = (gate_up[:, :, 0].contiguous(), down[:, :, 0].contiguous()) if "bias" in case.variant else (None, None)
+    clamp = (1.702, 7.0) if "clamp" in case.variant else ()
+    weights = torch.zeros(T, k)
+    grouped_experts(x, chosen, weights, gate_up, down, *biases, "silu", clamp, "weigh" in case.variant)
+
+
 LAUNCHES: dict[str, Callable[[Case], None]] = {
     "decode": launch_attention,  # with the merge of its splits
     "direct": launch_attention,  # decode in one split
@@ -167,6 +197,7 @@ LAUNCHES: dict[str, Callable[[Case], None]] = {
     "write": launch_write,
     "rope": launch_write,
     "rope_latent": launch_write_latent,
+    "experts": launch_experts,
     "sample": launch_sample,
 }
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from bench import __main__ as listing
-from bench import gpu, gpu_parts
+from bench import gpu, gpu_latent, gpu_parts
 from bench.common import Stat
+from kernels.latent import latent_decode
 from profiling import PARTS
 from scheduler.request import SamplingParams, TokenLogprob
 
@@ -71,6 +72,35 @@ def test_batches_are_a_table(written):
         rest = (row["sampling"] + row["other"]) / (1 - row["host"])
         assert row["neither_of_device"] == pytest.approx(rest, rel=1e-2)
     assert all(row["tokens_per_s"]["low"] > 0 and row["matmul"] > 0 and row["attention"] > 0 for row in rows)
+
+
+def test_latent_has_forms_and_the_load_of_the_experts(written):
+    triton, *rows = of(written, "latent")
+    assert triton["only_on_a_gpu"] == ["tokens_per_s"] and triton["form"] == "absorbed, Triton"
+    forms = ["absorbed, torch"] * 2 + ["expanded, torch"] * 2
+    assert [(row["form"], row["batch"]) for row in rows] == list(zip(forms, [1, 3, 1, 3], strict=True))
+    for row in rows:
+        assert row["tokens_per_s"]["low"] > 0 and row["mbu"] is None
+        assert 3 <= row["experts_hit"] <= min(8, 3 * row["batch"])
+        assert 1 <= row["busiest_expert"] <= 8 / 3 + 1e-3
+    assert rows[0]["experts_hit"] == 3 and rows[0]["busiest_expert"] == pytest.approx(8 / 3, rel=1e-3)
+    assert rows[1]["step_bytes"] > rows[0]["step_bytes"]
+
+
+def test_the_bytes_of_a_step_are_those_of_the_experts_that_are_hit():
+    model = gpu_parts.make_model(gpu_latent.TINY, torch.float32, torch.device("cpu"))
+    one, all_of_them = (gpu_latent.step_bytes(model, 1, 0, hit) for hit in (3, 8))
+    assert one == model.weight_bytes_per_token()
+    assert all_of_them == sum(p.numel() * 4 for name, p in model.named_parameters() if name != "embed.weight")
+    assert gpu_latent.step_bytes(model, 2, 10, 3) - one == 2 * 10 * 3 * (32 + 16) * 4
+
+
+def test_expanded_heads_give_what_latents_give():
+    torch.manual_seed(0)
+    q_nope, q_rope, kv_up = torch.randn(2, 4, 6), torch.randn(2, 4, 8), torch.randn(4, 6 + 5, 16)
+    cache, slots, positions = torch.randn(40, 16 + 8), torch.randperm(40)[:24].view(2, 12), torch.tensor([11, 4])
+    args = (q_nope, q_rope, kv_up, cache, slots, positions, 0.2)
+    torch.testing.assert_close(gpu_latent.expanded_decode(*args), latent_decode(*args), rtol=1e-4, atol=1e-5)
 
 
 def test_ablation_has_graphs_among_its_techniques(written):

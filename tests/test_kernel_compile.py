@@ -29,6 +29,8 @@ WRITES = {"write_kernel", "rope_and_write_kernel"}
 MERGES = {"merge_kernel", "mla_merge_kernel"}
 SAMPLING = {"edit_kernel", "survey_kernel", "settle_kernel"}
 ATTENTION = {"decode_kernel", "prefill_kernel", "mla_kernel"}
+EXPERTS = {"gate_up_kernel", "down_kernel"}
+ROUTED = {"sort_kernel", "combine_kernel"}  # what goes before and after those
 ROOT = Path(__file__).parent.parent
 
 
@@ -49,13 +51,13 @@ def rows() -> list[dict]:
         return [row for found in pool.map(report, SHARED) for row in found]
 
 
-def attention(rows: list[dict], *arches: str) -> list[dict]:
+def products(rows: list[dict], *arches: str, names: set[str] = ATTENTION | EXPERTS) -> list[dict]:
     """The kernels whose work is matrix products, in a dtype that one would serve with."""
-    return [r for r in rows if r["name"] in ATTENTION and r["arch"] in arches and r["case"]["dtype"] != "float32"]
+    return [r for r in rows if r["name"] in names and r["arch"] in arches and r["case"]["dtype"] != "float32"]
 
 
 def test_every_kernel_was_compiled_for_every_chip(rows):
-    names = ATTENTION | MERGES | WRITES | SAMPLING
+    names = ATTENTION | EXPERTS | ROUTED | MERGES | WRITES | SAMPLING
     assert {(r["arch"], r["name"]) for r in rows} == {(a, n) for a in SHARED for n in names}
 
 
@@ -87,19 +89,19 @@ def test_hardly_anything_spills(rows):
 
 def test_products_are_matrix_instructions(rows):
     """wgmma (HGMMA) on sm90 from 64 rows on, mma.sync (HMMA) below and on sm80."""
-    checked = attention(rows, *NVIDIA)
+    checked = products(rows, *NVIDIA)
     for row in checked:
         wanted = "HGMMA" if row["arch"] == "sm90" and row["constants"]["BLOCK_M"] >= 64 else "HMMA"
         assert {"HGMMA", "HMMA"} & row["instructions"].keys() == {wanted}, row
     assert {"HGMMA", "HMMA"} <= {name for row in checked for name in row["instructions"]}
-    assert all("MFMA" in row["instructions"] for row in attention(rows, "gfx942"))
+    assert all("MFMA" in row["instructions"] for row in products(rows, "gfx942"))
 
 
 def test_enough_rows_for_wgmma(rows):
     """On sm90 prefill, and MLA with 64 heads or more, have the 64 rows that it takes."""
     wide = [
         r
-        for r in attention(rows, "sm90")
+        for r in products(rows, "sm90")
         if r["name"] == "prefill_kernel"
         or (r["name"] == "mla_kernel" and (r["case"]["kernel"] == "mla_extend" or r["case"]["group"] >= 64))
     ]
@@ -114,12 +116,16 @@ def test_float32_of_mla_is_exact(rows):
 
 
 def test_tiles_are_on_their_way_while_others_are_computed_with(rows):
-    assert not [r for r in attention(rows, *NVIDIA) if r["stages"] > 1 and "LDGSTS" not in r["instructions"]]
+    assert not [r for r in products(rows, *NVIDIA) if r["stages"] > 1 and "LDGSTS" not in r["instructions"]]
 
 
 def test_decode_leaves_room_for_two_programs_a_multiprocessor(rows):
     """One program's loads must run while another computes. `PROGRAMS_PER_SM` of MLA counts on it too."""
-    few = [r for r in attention(rows, *NVIDIA) if r["name"] != "prefill_kernel" and r["constants"]["BLOCK_M"] == 16]
+    few = [
+        r
+        for r in products(rows, *NVIDIA, names=ATTENTION)
+        if r["name"] != "prefill_kernel" and r["constants"]["BLOCK_M"] == 16
+    ]
     assert {r["name"] for r in few} == {"decode_kernel", "mla_kernel"}
     assert not [r for r in few if r["programs"] < 2]
 
