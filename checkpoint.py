@@ -3,7 +3,8 @@
 The model is built without memory (meta device), then filled module by module: read through mmap, cast, fused (q, k and v
 into one matrix, gate and up into another), packed for the CPU, assigned. The file is opened anew for each block, so that
 what has been copied is unmapped at once: at no time is more in memory than the weights and one block. On a CPU the
-embedding table stays in the mapped file; a step touches a few of its rows.
+embedding table stays in the mapped file; a step touches a few of its rows. Weights in 8 or 4 bits are expanded on the way
+(`quantized.py`).
 
 Only safetensors is read. Nothing is ever unpickled, no code of a checkpoint is run.
 
@@ -12,6 +13,8 @@ Only safetensors is read. Nothing is ever unpickled, no code of a checkpoint is 
 
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +25,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from errors import UserError
-from families import FAMILIES, Family, model_config
+from families import FAMILIES, Family, MoENames, model_config, text_model
 from kernels.linear import unpack
 from layers import Linear
 from model import ModelConfig, Transformer
+from moe import Experts, Router
+from quantized import Fp8, Quantization, Source, Stored, quantization, stored_as, weight_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,8 +60,10 @@ class Checkpoint:
     """What a folder holds, read without touching a weight."""
 
     path: Path
-    raw_config: dict[str, Any]
+    raw_config: dict[str, Any]  # of the text model
     config: ModelConfig
+    quantization: Quantization | None = None
+    prefix: str = ""  # of the text model's tensors, where there are others
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
@@ -64,7 +71,8 @@ class Checkpoint:
         raw = _read_json(path / "config.json")
         if raw is None:
             raise UserError(f"{path} has no config.json: not a Hugging Face checkpoint")
-        return cls(path, raw, model_config(raw))
+        raw, prefix = text_model(raw)
+        return cls(path, raw, model_config(raw), quantization(raw), prefix)
 
     @property
     def family(self) -> Family:
@@ -111,20 +119,47 @@ class Checkpoint:
                 files.update(dict.fromkeys(file.keys(), path))
         return files
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {}
+    @cached_property
+    def sources(self) -> dict[str, Source]:
+        """Weight of the text model -> the tensors that it is stored as. Neither has the prefix."""
+        found: dict[str, Stored] = {}
         for path in sorted(set(self.files.values())):
             with _safe_open(path) as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        return shapes
+                for name in file.keys():
+                    if name.startswith(self.prefix):
+                        tensor = file.get_slice(name)
+                        found[name.removeprefix(self.prefix)] = Stored(tensor.get_dtype(), tuple(tensor.get_shape()))
+        return stored_as(found, self.quantization)
 
-    def read(self, names: list[str]) -> list[Tensor]:
-        """The named tensors, mapped: no memory is used until they are, and it is given back when they go."""
-        tensors = []
-        for name in names:
-            with _safe_open(self.files[name]) as file:
-                tensors.append(file.get_tensor(name))
-        return tensors
+    def read(self, names: list[str], dtype: torch.dtype) -> list[Tensor | Fp8]:
+        """The named weights, mapped: no memory is used until they are, and it is given back when they go.
+
+        But mxfp4 is expanded to `dtype` at once: one weight is all experts of a block.
+        """
+        parts = {name: [self.prefix + part for part in self.sources[name].parts] for name in names}
+        with ExitStack() as stack:  # each file once: its header lists every tensor, and experts are thousands
+            paths = {self.files[part] for name in names for part in parts[name]}
+            files = {path: stack.enter_context(_safe_open(path)) for path in paths}
+            tensors = ([files[self.files[part]].get_tensor(part) for part in parts[name]] for name in names)
+            return [weight_of(each, self.quantization, dtype) for each in tensors]
+
+    @property
+    def prediction_layers(self) -> range:
+        """Layers behind the last one that predict the token after the next (DeepSeek-V3, GLM 4.5). They are not loaded."""
+        count = self.raw_config.get("num_nextn_predict_layers") or 0
+        if not isinstance(count, int):
+            raise UserError(f"num_nextn_predict_layers must be an integer, not {count!r}")
+        return range(self.config.num_layers, self.config.num_layers + count)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how this folder is read, a line each."""
+        ahead = [i for i in self.prediction_layers if any(_in_layer(name, i) for name in self.sources)]
+        reasons = {
+            "not text": sorted({name.split(".")[0] for name in self.files if not name.startswith(self.prefix)}),
+            "for predicting tokens ahead": [f"model.layers.{i}" for i in ahead],
+        }
+        return [f"left aside: {_few(names)} ({reason})" for reason, names in reasons.items() if names]
 
 
 def load(
@@ -142,12 +177,15 @@ def load(
             module.weight = model.embed.weight
             continue
         for key, empty in list(module.named_parameters(recurse=False)):
-            parts = checkpoint.read(sources[f"{name}.{key}"])
-            keep_mapped = name == "embed" and device.type == "cpu"
-            weight = parts[0] if keep_mapped else _fuse(parts, dtype, device)
+            parts = checkpoint.read(sources[f"{name}.{key}"], dtype)
+            if isinstance(module, Experts):
+                parts = [as_ours(p, key, checkpoint.family.moe) if isinstance(p, Tensor) else p for p in parts]
+            keep_mapped = name == "embed" and device.type == "cpu" and isinstance(parts[0], Tensor)
+            keep_exact = isinstance(module, Router)
+            weight = parts[0] if keep_mapped else _fuse(parts, torch.float32 if keep_exact else dtype, device)
             setattr(module, key, nn.Parameter(weight.view(empty.shape), requires_grad=False))
             del parts, weight
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | Experts):
             module.pack()
     return model.to(device).eval()
 
@@ -158,16 +196,19 @@ def save(model: Transformer, raw_config: dict[str, Any], folder: str | Path) -> 
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    sources = tensor_names(model.config, FAMILIES[raw_config["model_type"]])
+    family = FAMILIES[raw_config["model_type"]]
+    sources = tensor_names(model.config, family)
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, plain in _plain_weights(model):
         names = sources[name]
         if name == "head.weight" and model.config.tie_embeddings:
             continue
-        plain = unpack(parameter.data).to("cpu", model.dtype)
-        for part_name, part in zip(names, plain.split(_part_rows(model.config, name, len(names))), strict=True):
+        exact = name.endswith("correction_bias")  # float32 in checkpoints of any dtype
+        plain = plain.to("cpu", torch.float32 if exact else model.dtype)
+        for part_name, part in zip(names, _in_parts(plain, name, len(names), model.config, family), strict=True):
             tensors[part_name] = part.contiguous().clone()
     config = raw_config | {"dtype": str(model.dtype).removeprefix("torch.")}
+    config.pop("quantization_config", None)  # it is not any more
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -180,32 +221,102 @@ def tensor_names(config: ModelConfig, family: Family) -> dict[str, list[str]]:
         "head.weight": ["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"],
     }
     linears = {
+        **_latent_linears(config),
         "attn.qkv": ["self_attn.qkv_proj"] if "qkv" in family.fused else [f"self_attn.{x}_proj" for x in "qkv"],
         "attn.out": ["self_attn.o_proj"],
-        "mlp.gate_up": ["mlp.gate_up_proj"] if "gate_up" in family.fused else ["mlp.gate_proj", "mlp.up_proj"],
-        "mlp.down": ["mlp.down_proj"],
     }
     norms = dict(family.norms)
     for ours, theirs in zip(("q_norm", "k_norm"), family.qk_norm_names, strict=True):
         norms[f"attn.{ours}"] = f"self_attn.{theirs}"
+    if config.latent is not None:
+        norms |= {"attn.q_norm": "self_attn.q_a_layernorm", "attn.kv_norm": "self_attn.kv_a_layernorm"}
     for i in range(config.num_layers):
-        for ours, theirs in linears.items():
+        has_experts = config.moe is not None and config.moe.layers[i]
+        mlp = _expert_linears(family) if has_experts else _mlp_linears(family)
+        for ours, theirs in (linears | mlp).items():
             for key in ("weight", "bias"):
                 names[f"blocks.{i}.{ours}.{key}"] = [f"model.layers.{i}.{t}.{key}" for t in theirs]
         for ours, theirs in norms.items():
             names[f"blocks.{i}.{ours}.weight"] = [f"model.layers.{i}.{theirs}.weight"]
+        names[f"blocks.{i}.attn.sinks"] = [f"model.layers.{i}.self_attn.sinks"]
+        if has_experts:
+            for ours, theirs in _expert_tensors(family.moe, config.moe.num_experts).items():
+                names[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{t}" for t in theirs]
+        names[f"blocks.{i}.attn.kv_up"] = [f"model.layers.{i}.self_attn.kv_b_proj.weight"]
     return names
 
 
+def _latent_linears(config: ModelConfig) -> dict[str, list[str]]:
+    """Those of MLA, whose `kv_up` is no linear layer."""
+    if config.latent is None:
+        return {}
+    q_up = "self_attn.q_b_proj" if config.latent.query_rank else "self_attn.q_proj"
+    downs = {"attn.q_down": ["self_attn.q_a_proj"], "attn.kv_down": ["self_attn.kv_a_proj_with_mqa"]}
+    return {**downs, "attn.q_up": [q_up]}
+
+
+def _mlp_linears(family: Family) -> dict[str, list[str]]:
+    parts = ["gate_up_proj"] if "gate_up" in family.fused else ["gate_proj", "up_proj"]
+    return {"mlp.gate_up": [f"{family.mlp}.{p}" for p in parts], "mlp.down": [f"{family.mlp}.down_proj"]}
+
+
+def _expert_linears(family: Family) -> dict[str, list[str]]:
+    gate_up, down = family.moe.shared
+    router, shared_gate = [family.moe.router], [family.moe.shared_gate]
+    return {
+        "mlp.router": router,
+        "mlp.shared.gate_up": gate_up,
+        "mlp.shared.down": down,
+        "mlp.shared_gate": shared_gate,
+    }
+
+
+def _expert_tensors(names: MoENames, num_experts: int) -> dict[str, list[str]]:
+    """One tensor of all experts, or those of the first, those of the second ..."""
+    stacked = "{}" not in names.down
+    experts = [0] if stacked else range(num_experts)
+    return {
+        "mlp.router.correction_bias": [names.correction_bias],
+        "mlp.experts.gate_up": [name.format(e) for e in experts for name in names.gate_up],
+        "mlp.experts.down": [names.down.format(e) for e in experts],
+        "mlp.experts.gate_up_bias": [f"{name}_bias" for name in names.gate_up],
+        "mlp.experts.down_bias": [f"{names.down}_bias"],
+    }
+
+
+def as_ours(weight: Tensor, key: str, names: MoENames) -> Tensor:
+    """A stacked weight or bias of experts as a checkpoint has it -> with the numbers in our order, as a view."""
+    if names.transposed and weight.dim() == 3:
+        weight = weight.transpose(1, 2)
+    if names.interleaved and key.startswith("gate_up"):
+        weight = weight.unflatten(1, (-1, 2)).transpose(1, 2)  # [E, 2, I, ...]
+    return weight
+
+
+def as_theirs(weight: Tensor, key: str, names: MoENames) -> Tensor:
+    """The way back: gate_up [E, 2I, hidden], down [E, hidden, I] or a bias [E, ...] -> the checkpoint's layout."""
+    if names.interleaved and key.startswith("gate_up"):
+        weight = weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return weight.transpose(1, 2) if names.transposed and weight.dim() == 3 else weight
+
+
+def _plain_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by its name, unpacked one at a time."""
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            yield f"{name}.{key}", unpack(parameter.data)
+        if isinstance(module, Experts):
+            for key in module.packed:
+                yield f"{name}.{key}", module.plain(key)
+
+
 def _check_tensors(checkpoint: Checkpoint, model: Transformer, sources: dict[str, list[str]]) -> None:
-    have = checkpoint.shapes()
+    have = {name: source.shape for name, source in checkpoint.sources.items()}
     need: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
-        rows = _part_rows(model.config, name, len(sources[name]))
-        sizes = rows if isinstance(rows, list) else [parameter.shape[0]]
-        for part, size in zip(sources[name], sizes, strict=True):
-            need[part] = (size, *parameter.shape[1:])
-    extra = [n for n in have if n not in need and not _ignorable(n, model.config)]
+        parts = _in_parts(parameter, name, len(sources[name]), checkpoint.config, checkpoint.family)
+        need |= {part_name: tuple(part.shape) for part_name, part in zip(sources[name], parts, strict=True)}
+    extra = [n for n in have if n not in need and not _ignorable(n, checkpoint)]
     shaped = [f"{n} is {list(have[n])}, not {list(s)}" for n, s in need.items() if n in have and have[n] != s]
     for what, found in (
         ("is missing", [n for n in need if n not in have]),
@@ -216,23 +327,36 @@ def _check_tensors(checkpoint: Checkpoint, model: Transformer, sources: dict[str
             raise UserError(f"{checkpoint.path} {what} {len(found)} tensor{'s' * (len(found) > 1)}: {_few(found)}")
 
 
-def _ignorable(name: str, config: ModelConfig) -> bool:
-    """Old checkpoints store RoPE buffers, and a tied head twice."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+def _ignorable(name: str, checkpoint: Checkpoint) -> bool:
+    """Old checkpoints store RoPE buffers, and a tied head twice; some have layers to predict tokens ahead."""
+    if name.endswith("rotary_emb.inv_freq") or (checkpoint.config.tie_embeddings and name == "lm_head.weight"):
+        return True
+    return any(_in_layer(name, i) for i in checkpoint.prediction_layers)
 
 
-def _part_rows(config: ModelConfig, name: str, parts: int) -> list[int] | int:
-    """How many rows of our parameter each of its `parts` tensors makes up (all, if there is one)."""
-    if parts == 3:
-        return [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    return [config.intermediate_size] * 2 if parts == 2 else 1 << 62
+def _in_layer(name: str, layer: int) -> bool:
+    return name.startswith(f"model.layers.{layer}.")
 
 
-def _fuse(parts: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _in_parts(weight: Tensor, name: str, parts: int, config: ModelConfig, family: Family) -> Sequence[Tensor]:
+    """Our weight -> the `parts` tensors that it is made of in the checkpoint."""
+    if ".experts." in name:
+        if parts == 1:
+            return [as_theirs(weight, name.rsplit(".", 1)[1], family.moe)]
+        weight = weight.flatten(0, 1)
+    if ".qkv." in name and parts == 3:
+        return weight.split([n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)])
+    return weight.split(weight.shape[0] // parts)
+
+
+def _fuse(parts: list[Tensor | Fp8], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Stack the parts in memory of our own, in the dtype and on the device they will stay on."""
     fused = torch.empty(sum(p.shape[0] for p in parts), *parts[0].shape[1:], dtype=dtype, device=device)
     for target, part in zip(fused.split([p.shape[0] for p in parts]), parts, strict=True):
-        target.copy_(part)
+        if isinstance(part, Tensor):
+            target.copy_(part)
+        else:
+            part.copy_to(target)
     return fused
 
 

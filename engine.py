@@ -124,6 +124,7 @@ class Engine:
         self._compiling = 0  # prompts that wait for their grammar
         self._posted = threading.Event()  # something is in the inbox
         self.steps = 0
+        self.notes: list[str] = []  # what the user should know of how the checkpoint was read
         self.failure: BaseException | None = None  # of the device; the engine is unhealthy then
         self._groups: dict[str, Group] = {}  # of the requests that have not ended, by id
         self._live: dict[Request, Group] = {}
@@ -155,7 +156,9 @@ class Engine:
         tokenizer = Tokenizer.from_pretrained(checkpoint.path)
         weights = load(checkpoint, pick_dtype(dtype, checkpoint.dtype, on), on, max_model_len)
         eos = sorted({*checkpoint.eos_token_ids, *tokenizer.eos_token_ids})
-        return cls(weights, tokenizer, eos, max_model_len=max_model_len, **options)
+        engine = cls(weights, tokenizer, eos, max_model_len=max_model_len, **options)
+        engine.notes = checkpoint.notes
+        return engine
 
     def compile(self, greedy: bool | None = None, mode: str = "default", masked: bool | None = None) -> Iterator[str]:
         """Compile every shape that serving will meet; yields the name of each before it, for a progress bar.
@@ -532,9 +535,8 @@ class Engine:
             self._emit(request, [])
 
     def _tokens_in_memory(self, largest_step: int) -> int:
-        """How many tokens' keys and values fit: into half of a CPU's free memory, or 9/10 of what a GPU's largest step leaves."""
-        c, device = self.model.config, self.runner.device
-        bytes_per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.model.dtype.itemsize
+        """How many tokens fit into half of a CPU's free memory, or into 9/10 of what a GPU's largest step leaves."""
+        device, bytes_per_token = self.runner.device, self.model.config.cache.bytes_per_token(self.model.dtype)
         if device.type == "cpu":
             return free_memory(device) // 2 // bytes_per_token
         step = self.runner.memory_of_largest_step(largest_step)

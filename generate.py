@@ -242,6 +242,9 @@ def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine",
         trace=args.trace,
     )
     figures = Figures(engine)
+    if not args.quiet:
+        for note in engine.notes:
+            print(note, file=sys.stderr)
     if args.compile:
         try:
             shapes = engine.compile(params.greedy, args.compile, masked=masked)

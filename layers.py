@@ -1,15 +1,41 @@
-"""The layers that every block is made of: norms, linear layers, activations.
+"""The layers that every block is made of: norms, linear layers, the MLP; and what a step tells them all.
 
 python -m pytest tests/test_linear.py tests/test_families.py
 """
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.activations import gated
+from kernels.dispatch import Layout
 from kernels.linear import can_pack, pack, packed_linear, plain_linear, unpack
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+def rms_normalized(x: Tensor, eps: float) -> Tensor:
+    """x [..., N] float32, divided by the root of its mean square."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class BareNorm(nn.Module):
+    """RMSNorm without a weight; computed in float32."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_normalized(x.float(), self.eps).to(x.dtype)
+
+
+@dataclass
+class StepContext:
+    """What every layer of one step shares, computed once."""
+
+    layout: Layout  # where the keys and values lie, and who sees what
+    cos_sin: list[tuple[Tensor, Tensor]]  # for each rope: cos, sin [T, dim / 2] float32
+    query_scale: Tensor | None  # [T, 1, 1]
 
 
 class Norm(nn.Module):
@@ -24,7 +50,7 @@ class Norm(nn.Module):
         y = x.float()
         if self.center:
             y = y - y.mean(-1, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = rms_normalized(y, self.eps)
         return (y * (self.weight.float() + self.offset)).to(x.dtype)
 
 
@@ -49,3 +75,16 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (packed_linear if self.packed else plain_linear)(x, self.weight, self.bias)
+
+
+class MLP(nn.Module):
+    """Two matrices up, one down, and a gate between them."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, activation: str):
+        super().__init__()
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias)
+        self.down = Linear(intermediate_size, hidden_size, bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(gated(self.gate_up(x), self.activation))

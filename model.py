@@ -2,7 +2,7 @@
 
 Llama, Qwen, Mistral, Gemma, Phi, OLMo, Granite, Cohere and the rest are the same block with a few switches: where the
 norms sit, how a head is rotated, which layers see a window, what is scaled by what. There is one `Attention`, one `MLP`,
-one `Block`; `families.py` says which switches each name sets, `checkpoint.py` fills in the weights.
+one `MoE` (`moe.py`), one `Block`; `families.py` says which switches each name sets, `checkpoint.py` fills in the weights.
 
     python generate.py --model assets/folio-tiny --prompt "Once upon a time"
 
@@ -15,19 +15,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from cache.pages import CacheLayout
 from device import from_host
 from kernels.dispatch import Layout, attend, lay_out, lay_out_decode, write
 from kernels.reference_write import rotate
 from kernels.variants import Variant, model_variant
-from layers import ACTIVATIONS, Linear, Norm
+from layers import MLP, BareNorm, Linear, Norm, StepContext
+from mla import LatentAttention, LatentSpec
+from moe import Experts, MoE, MoESpec
 from rope import RopeSpec, inverse_frequencies
 
-KVCache = list[tuple[Tensor, Tensor]]  # a layer: keys, values, each [slots, K, D]
+KVCache = list[tuple[Tensor, ...]]  # a layer: keys and values, each [slots, K, D]; with MLA its rows [slots, R + rope]
 
 
 @dataclass
 class ModelConfig:
-    """What shapes a dense decoder. The defaults are Llama's; a field that a family does not use stays off."""
+    """What shapes a decoder. The defaults are Llama's; a field that a family does not use stays off."""
 
     vocab_size: int
     hidden_size: int
@@ -49,21 +52,27 @@ class ModelConfig:
     # attention
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: str = (
-        "off"  # "head": each head by itself; "heads": likewise with a weight for each head; "full": all as one
-    )
+    # "head": each head by itself; "heads": likewise with a weight for each head; "full": all as one; "bare": each head by
+    # itself without a weight, in the layers that have rope
+    qk_norm: str = "off"
     qk_norm_after_rope: bool = False
     scale: float = 0.0  # of the scores; 0 means head_dim ** -0.5
     attn_softcap: float | None = None
     windows: list[int | None] = field(default_factory=list)  # each layer's sliding window, None = sees everything
+    chunks: list[int | None] = field(default_factory=list)  # each layer's chunk size: a token sees its own chunk only
+    sinks: bool = False  # a learnt score for each head that belongs to no key: see `Variant`
     ropes: list[RopeSpec] = field(default_factory=list)
     layer_rope: list[int | None] = field(default_factory=list)  # each layer's index into `ropes`, None = no rotation
     rope_interleaved: bool = False  # pairs (0, 1), (2, 3) ... instead of (0, D/2), (1, D/2 + 1) ...
     query_temperature: tuple[float, int] | None = None  # (beta, L0): q *= 1 + beta ln(1 + floor(position / L0))
+    query_temperature_from: int = 0  # the position of the first token in that
+    query_temperature_without_rope: bool = False  # only in the layers that have no rope
+    latent: LatentSpec | None = None  # Multi-head Latent Attention instead; head_dim is then that of its queries
 
     # MLP
     activation: str = "silu"
     mlp_bias: bool = False
+    moe: MoESpec | None = None  # some layers or all have experts in the MLP's place
 
     # ends
     embed_scale: float = 1.0
@@ -75,7 +84,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self.scale = self.scale or self.head_dim**-0.5
         self.windows = self.windows or [None] * self.num_layers
+        self.chunks = self.chunks or [None] * self.num_layers
         self.layer_rope = self.layer_rope or [0] * self.num_layers
+
+    @property
+    def cache(self) -> CacheLayout:
+        """What is kept of each token."""
+        heads = (self.num_kv_heads, self.head_dim)
+        return CacheLayout(self.num_layers, (heads, heads) if self.latent is None else ((self.latent.row,),))
 
     @property
     def norm(self) -> tuple[float, float, bool]:
@@ -83,25 +99,21 @@ class ModelConfig:
         return self.norm_eps, self.norm_offset, self.norm_center
 
 
-@dataclass
-class StepContext:
-    """What every layer of one step shares, computed once."""
-
-    layout: Layout  # where the keys and values lie, and who sees what
-    cos_sin: list[tuple[Tensor, Tensor]]  # for each rope: cos, sin [T, dim / 2] float32
-    query_scale: Tensor | None  # [T, 1, 1]
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config, self.rope = config, config.layer_rope[layer]
-        self.variant = model_variant(config.attn_softcap, config.windows[layer])
+        self.variant = model_variant(config.attn_softcap, config.windows[layer], config.chunks[layer])
+        self.tempered = self.rope is None or not config.query_temperature_without_rope
         H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv = Linear(config.hidden_size, (H + 2 * K) * D, config.qkv_bias)
         self.out = Linear(H * D, config.hidden_size, config.out_bias)
+        self.sinks = nn.Parameter(torch.empty(H), requires_grad=False) if config.sinks else None
         self.q_norm = self.k_norm = nn.Identity()
-        if config.qk_norm != "off":
+        if config.qk_norm == "bare":
+            if self.rope is not None:
+                self.q_norm = self.k_norm = BareNorm(config.norm_eps)
+        elif config.qk_norm != "off":
             self.q_norm = Norm({"head": (D,), "heads": (H, D), "full": (H * D,)}[config.qk_norm], *config.norm)
             self.k_norm = Norm({"head": (D,), "heads": (K, D), "full": (K * D,)}[config.qk_norm], *config.norm)
 
@@ -113,28 +125,25 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.reshape(x.shape[0], -1, c.head_dim) for t in (q, k, v))
         cos_sin = None if self.rope is None else step.cos_sin[self.rope]
-        if c.qk_norm in ("head", "heads"):
+        if c.qk_norm in ("head", "heads", "bare"):
             if c.qk_norm_after_rope and cos_sin is not None:
                 q, k = (rotate(t, *cos_sin, c.rope_interleaved) for t in (q, k))
                 cos_sin = None  # done
             q, k = self.q_norm(q), self.k_norm(k)
         q = write(layout, q, k, v, *kv, cos_sin, c.rope_interleaved)
-        if step.query_scale is not None:
+        if step.query_scale is not None and self.tempered:
             q = q * step.query_scale
-        out = attend(layout, q, *kv, c.scale, self.variant)
+        out = attend(layout, q, *kv, c.scale, self.variant, self.sinks)
         return self.out(out.flatten(1))
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
-        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(self.activation(gate) * up)
+def attention(config: ModelConfig, layer: int) -> nn.Module:
+    """The attention of one layer: of heads, or of a latent."""
+    c = config
+    if c.latent is None:
+        return Attention(c, layer)
+    sizes, rope = (c.latent, c.hidden_size, c.num_heads), c.layer_rope[layer]
+    return LatentAttention(*sizes, c.scale, rope, c.rope_interleaved, c.qkv_bias, c.out_bias)
 
 
 class Block(nn.Module):
@@ -148,12 +157,15 @@ class Block(nn.Module):
 
         self.config = config
         self.attn_norm, self.attn_post_norm = norm(config.pre_norm), norm(config.post_norm)
-        self.attn = Attention(config, layer)
+        self.attn = attention(config, layer)
         self.mlp_norm, self.mlp_post_norm = norm(config.pre_norm and not config.parallel), norm(config.post_norm)
-        self.mlp = MLP(config)
+        if config.moe is not None and config.moe.layers[layer]:
+            self.mlp = MoE(config.hidden_size, config.moe, config.activation)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, config.activation)
 
     @torch.compiler.nested_compile_region  # layers that are alike are compiled once, not once each
-    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], step: StepContext) -> Tensor:
+    def forward(self, x: Tensor, kv: tuple[Tensor, ...], step: StepContext) -> Tensor:
         scale = self.config.residual_scale
         if self.config.parallel:
             h = self.attn_norm(x)
@@ -171,7 +183,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.variants = [block.attn.variant for block in self.blocks]
+        self.variants = [] if config.latent else [block.attn.variant for block in self.blocks]  # MLA knows none
         self.norm = Norm(config.hidden_size, *config.norm)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_factors: list[float] = []
@@ -213,7 +225,8 @@ class Transformer(nn.Module):
         query_scale = None
         if self.config.query_temperature is not None:
             beta, length = self.config.query_temperature
-            query_scale = (1 + beta * torch.log(1 + (layout.positions // length).float())).to(self.dtype)[:, None, None]
+            turns = (layout.positions + self.config.query_temperature_from) // length
+            query_scale = (1 + beta * torch.log(1 + turns.float())).to(self.dtype)[:, None, None]
         return StepContext(layout, cos_sin, query_scale)
 
     def lay_out(
@@ -245,17 +258,19 @@ class Transformer(nn.Module):
     def pack(self) -> None:
         """Lay every linear weight out for this CPU (see `kernels/linear.py`). Does nothing on a GPU."""
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | Experts):
                 module.pack()
 
     def unpack(self) -> None:
         """Lay every linear weight out plainly, for a compiled step of one row (see `kernels/linear.py`)."""
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | Experts):
                 module.unpack()
 
     def weight_bytes_per_token(self) -> int:
-        """Bytes of weights that one decode step has to read: all but the embedding table, of which it reads a row."""
-        weights = {id(m.weight): m.weight for m in self.modules() if isinstance(m, Linear | Norm)}
-        biases = [m.bias for m in self.modules() if isinstance(m, Linear) and m.bias is not None]
-        return sum(w.numel() * w.element_size() for w in [*weights.values(), *biases])
+        """Bytes of weights that a decode step of one row has to read: of the embedding table a row, of E experts k, all else."""
+        experts = [m for m in self.modules() if isinstance(m, Experts)]
+        others = [m for m in self.modules() if not isinstance(m, Experts) and m is not self.embed]
+        weights = {id(w): w for m in others for w in m.parameters(recurse=False)}
+        read = sum(w.numel() * w.element_size() for w in weights.values())
+        return read + sum(m.bytes_per_token() for m in experts)

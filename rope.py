@@ -95,14 +95,16 @@ def _yarn(spec: RopeSpec, max_model_len: int) -> tuple[Tensor, float]:
 
 
 def _yarn_attention_factor(s: dict[str, Any], factor: float) -> float:
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if s.get("attention_factor") is not None:
         return s["attention_factor"]
     if s.get("mscale") and s.get("mscale_all_dim"):
-        return mscale(s["mscale"]) / mscale(s["mscale_all_dim"])
-    return mscale(1.0)
+        return yarn_mscale(factor, s["mscale"]) / yarn_mscale(factor, s["mscale_all_dim"])
+    return yarn_mscale(factor)
+
+
+def yarn_mscale(factor: float, weight: float = 1.0) -> float:
+    """How much larger YaRN makes queries and keys of a context that is `factor` times as long."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _longrope(spec: RopeSpec, max_model_len: int) -> tuple[Tensor, float]:

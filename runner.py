@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache.pages import kv_cache
 from device import Pending, from_host, open_stream
 from graphs import Recorder, Replay, buckets, recorder
 from kernels.dispatch import choose_backend
@@ -69,7 +68,9 @@ class Runner:
     ):
         self.model, self.page_size, self.max_batch_size = model, page_size, max_batch_size
         self.device = model.norm.weight.device
-        self.attention = choose_backend(attention, self.device, model.config.head_dim)
+        latent = model.config.latent
+        dims = None if latent is None else (latent.rank, latent.rope)
+        self.attention = choose_backend(attention, self.device, model.config.head_dim, dims)
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
         self.state = SamplingTensors.empty(max_batch_size + 1, model.config.vocab_size, self.device)
         self.stream = open_stream(self.device)
@@ -91,10 +92,7 @@ class Runner:
 
     def allocate(self, pages: int, max_model_len: int) -> None:
         """Make the pages, and a page table for sequences of that length."""
-        c = self.model.config
-        self.kv = kv_cache(
-            c.num_layers, pages * self.page_size, c.num_kv_heads, c.head_dim, self.model.dtype, self.device
-        )
+        self.kv = self.model.config.cache.allocate(pages * self.page_size, self.model.dtype, self.device)
         self.max_model_len = max_model_len
         needed = max(2, -(-max_model_len // self.page_size))
         columns = needed + 1  # one to spare, so that no step is given the whole table, whose strides are others
@@ -341,6 +339,9 @@ def compiler_settings() -> list[Tensor]:
     """To be run on the stream: torch keeps settings for each thread."""
     torch._dynamo.config.recompile_limit = 64  # more than the shapes of one engine
     torch.fx.experimental._config.use_duck_shape = False  # two sizes that are equal once are not the same size
+    torch._dynamo.config.specialize_float = (
+        True  # a number that another model has otherwise is still a constant of this one
+    )
     return []
 
 

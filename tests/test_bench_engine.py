@@ -9,10 +9,12 @@ import json
 import pytest
 import torch
 
-from bench import overlap, prefix, soak
+from bench import mla, overlap, prefix, soak
 from bench.decode import SHAPES
 from cache.pages import PagePool
 from families import model_config
+from mla import LatentSpec
+from model import ModelConfig, Transformer
 from streams import Stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,6 +64,34 @@ def test_prefix_small(capsys):
     for name in ("chunked", "whole"):
         load = record["load"][name]
         assert 0 < load["p50"]["median"] <= load["p99"]["median"] <= load["max"]["median"]
+
+
+# ---- mla
+
+
+def test_mla_small(capsys):
+    mla.main(["--batch", "2", "--context", "35", "--layers", "1", "--repeats", "1", "--mebibytes", "4", "--size", "64"])
+    record = last_line(capsys.readouterr().out)
+    assert (record["cache"]["latent_bytes"], record["cache"]["heads_bytes"]) == (1152, 81920)
+    assert record["cache"]["latent_tokens_in_24_gib"] == (24 << 30) // (61 * 1152)
+    decode = record["decode"]
+    assert decode["error"] <= mla.TOLERANCE
+    assert decode["ways"]["transformers"]["times_faster_than_transformers"] == 1
+    assert len(decode["ways"]) == 3 and all(way["seconds"]["median"] > 0 for way in decode["ways"].values())
+
+
+def test_mla_counts_what_a_decode_must_do():
+    """By hand: two heads of 3 + 2 dims, values of 4, a rank of 6; five entries of each of two sequences."""
+    shape = dict(hidden_size=8, intermediate_size=8, max_position=16, vocab_size=8)
+    heads = dict(num_heads=2, num_kv_heads=2, head_dim=5)
+    config = ModelConfig(
+        **shape, **heads, num_layers=1, latent=LatentSpec(query_rank=0, rank=6, nope=3, rope=2, value=4)
+    )
+    (block,) = Transformer(config).blocks
+    weights = 8 * 2 * 5 + 8 * (6 + 2) + 6 + 2 * (3 + 4) * 6 + 2 * 4 * 8
+    size, operations = mla.floors(config, block.attn, batch=2, context=5)
+    assert size == 4 * (2 * 5 * 8 + weights)
+    assert operations == 2 * 5 * 2 * 2 * (8 + 6) + 2 * 2 * weights
 
 
 # ---- soak

@@ -14,11 +14,11 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 from test_families import TOLERANCE, error, folder, our_logits, reference
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4Config, Llama4ForConditionalGeneration
 
 from checkpoint import Checkpoint, load, resolve, save
 from errors import UserError
-from families import FAMILIES
+from families import FAMILIES, WRAPPERS
 from kernels.linear import can_pack
 from layers import Linear
 from model import Transformer
@@ -64,7 +64,25 @@ def refusal(path: Path) -> str:
 # ---- out and in again
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "phi3", "glm4", "qwen2", "cohere_qk_norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama2",
+        "llama3",
+        "phi3",
+        "glm4",
+        "qwen2",
+        "cohere_qk_norm",
+        "gpt_oss",
+        "llama4",
+        "deepseek_v3",
+        "deepseek_v2_lite",
+        "mixtral",
+        "qwen2_moe",
+        "granitemoeshared",
+        "dots1",
+    ],
+)
 def test_what_we_save_transformers_loads(name: str, tmp_path: Path):
     checkpoint = Checkpoint.open(folder(name))
     save(load(checkpoint, torch.float32, CPU), checkpoint.raw_config, tmp_path / "new" / "folder")
@@ -137,6 +155,24 @@ def test_old_layouts_of_tensors(tmp_path: Path):
     path = copy_of("llama3", tmp_path)
     rewrite(path, add)
     assert_same_logits(open_and_load(path), "llama3")
+
+
+def test_the_text_of_a_model_that_also_sees(tmp_path: Path):
+    """Llama 4 comes inside of a model with eyes. They are left aside, with a note."""
+    vision = dict(hidden_size=32, intermediate_size=128, num_attention_heads=2, num_hidden_layers=1, patch_size=4)
+    vision |= dict(image_size=8, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32)
+    text = zoo.FAMILIES["llama4_dense"]().to_dict()
+    whole = Llama4ForConditionalGeneration(Llama4Config(vision_config=vision, text_config=text)).eval()
+    whole.language_model.load_state_dict(zoo.build("llama4_dense").state_dict())
+    whole.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.notes == ["left aside: multi_modal_projector, vision_model (not text)"]
+    assert_same_logits(load(checkpoint, torch.float32, CPU), "llama4_dense")
+    save(load(checkpoint, torch.float32, CPU), checkpoint.raw_config, tmp_path / "text")
+    assert_same_logits(open_and_load(tmp_path / "text"), "llama4_dense")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"text_config": None}))
+    assert "config.json of a llama4 model must have a text_config, not None" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -284,13 +320,46 @@ def test_a_config_that_makes_no_sense(change: dict, named: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"kv_lora_rank": None}, "kv_lora_rank is None; it must be a whole number, at least 1"),
+        ({"v_head_dim": 0}, "v_head_dim is 0; it must be a whole number, at least 1"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7; it must be even"),
+        ({"kv_lora_rank": 25}, "self_attn.kv_a_proj_with_mqa.weight is [32, 64], not [33, 64]"),
+        ({"v_head_dim": 21}, "self_attn.kv_b_proj.weight is [128, 24], not [132, 24]"),
+        ({"qk_nope_head_dim": 13}, "self_attn.q_b_proj.weight is [80, 40], not [84, 40]"),
+        ({"q_lora_rank": None}, "self_attn.q_proj.weight"),
+    ],
+    ids=str,
+)
+def test_sizes_of_a_latent_that_make_no_sense(change: dict, named: str, tmp_path: Path):
+    """A field that is missing is not guessed, and one that contradicts the tensors is refused by their names."""
+    path = copy_of("deepseek_v3_dense", tmp_path)
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | change))
+    assert named in refusal(path)
+    if change == {"kv_lora_rank": None}:
+        del raw["kv_lora_rank"]
+        (path / "config.json").write_text(json.dumps(raw))
+        assert "kv_lora_rank is missing; it must be" in refusal(path)
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path: Path):
+    """`transformers` has no such model type; the released config.json names it."""
+    path = copy_of("deepseek_v3_dense", tmp_path)
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | {"model_type": "kimi_k2"}))
+    assert_same_logits(open_and_load(path), "deepseek_v3_dense")
+
+
+@pytest.mark.parametrize(
     "raw", [{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, {"vocab_size": 3}], ids=str
 )
 def test_an_unsupported_architecture_lists_those_that_are(raw: dict, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     message = refusal(tmp_path)
     assert repr(raw.get("model_type")) in message and all(a in message for a in raw.get("architectures", []))
-    assert all(name in message for name in FAMILIES)
+    assert all(name in message for name in (*FAMILIES, *WRAPPERS))
 
 
 # ---- the hub

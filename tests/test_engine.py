@@ -92,7 +92,7 @@ def alone(name: str) -> list[list[int]]:
     return [ids_of(make(name).generate(p, params))[0] for p, params in zip(prompts, MIXED, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "deepseek_v3_dense"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -291,16 +291,19 @@ def test_the_default_cache_holds_the_longest_sequence(max_model_len: int, page_s
     assert len(one(engine, [1, 2, 3], max_new_tokens=None).token_ids) == max_model_len - 3
 
 
+@pytest.mark.parametrize("name, row", [("llama3", 2 * 2 * 32), ("youtu", 24 + 8)])
 @pytest.mark.parametrize("device, share", [("cpu", 0.5), ("cuda", 0.9)])
-def test_the_cache_takes_a_share_of_the_memory_that_the_largest_step_leaves(device: str, share: float, monkeypatch):
+def test_the_cache_takes_a_share_of_the_memory_that_the_largest_step_leaves(
+    device: str, share: float, name: str, row: int, monkeypatch
+):
     """On a GPU that step is run first, to see what it needs. (A stand-in for the GPU.)"""
     asked = []
     runner = SimpleNamespace(device=torch.device(device), memory_of_largest_step=lambda n: asked.append(n) or 400_000)
     monkeypatch.setattr("engine.free_memory", lambda on: 2_400_000)
-    tokens = Engine._tokens_in_memory(SimpleNamespace(model=model(), runner=runner), 77)
-    c = model().config
+    tokens = Engine._tokens_in_memory(SimpleNamespace(model=model(name), runner=runner), 77)
+    c = model(name).config
     left = 2_400_000 - (400_000 if device == "cuda" else 0)
-    assert tokens == int(left * share) // (2 * c.num_layers * c.num_kv_heads * c.head_dim * 4)
+    assert tokens == int(left * share) // (c.num_layers * row * 4)
     assert asked == ([77] if device == "cuda" else [])
 
 

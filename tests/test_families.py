@@ -1,4 +1,4 @@
-"""Every dense family against `transformers`, on tiny random checkpoints that `transformers` itself saves.
+"""Every family against `transformers`, on tiny random checkpoints that `transformers` itself saves.
 
 float32 logits for a whole prompt, token by token and in left-over chunks; greedy tokens of three prompts in one batch; both
 layouts of config.json. And the proof that these can fail: deliberately wrong knobs, each of which must break the logits.
@@ -13,7 +13,6 @@ import pytest
 import torch
 import zoo
 
-from cache.pages import kv_cache
 from checkpoint import Checkpoint, load
 from engine import Engine, SamplingParams
 from model import ModelConfig, Transformer
@@ -52,9 +51,8 @@ def our_model(path: Path, config: ModelConfig | None = None, max_model_len: int 
 @torch.inference_mode()
 def our_logits(model: Transformer, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
     """The prompt in chunks of these lengths, over shuffled pages -> logits [len(ids), V]."""
-    c = model.config
     pages = -(-len(ids) // PAGE)
-    kv = kv_cache(c.num_layers, (pages + 1) * PAGE, c.num_kv_heads, c.head_dim, torch.float32, torch.device("cpu"))
+    kv = model.config.cache.allocate((pages + 1) * PAGE, torch.float32, torch.device("cpu"))
     table = 1 + torch.randperm(pages)[None]
     out, start = [], 0
     for size in chunks:
@@ -123,6 +121,14 @@ def scaled(c: ModelConfig, **changes) -> dict:
     return {"ropes": [dataclasses.replace(r, scaling={**r.scaling, **changes}) for r in c.ropes]}
 
 
+def experts(c: ModelConfig, **changes) -> dict:
+    return {"moe": dataclasses.replace(c.moe, **changes)}
+
+
+def latent(c: ModelConfig, **changes) -> dict:
+    return {"latent": dataclasses.replace(c.latent, **changes)}
+
+
 WRONG = {
     "norm eps": ("llama2", lambda c: {"norm_eps": 1e-6}),
     "norm offset": ("gemma", lambda c: {"norm_offset": 0.0}),
@@ -149,7 +155,24 @@ WRONG = {
     "residual scale": ("granite", lambda c: {"residual_scale": 1.0}),
     "logit scale": ("cohere2", lambda c: {"logit_scale": 1.0}),
     "query temperature": ("ministral3", lambda c: {"query_temperature": None}),
+    "no chunks": ("llama4_dense", lambda c: {"chunks": []}),
+    "bare norm of q and k": ("llama4_dense", lambda c: {"qk_norm": "off"}),
+    "temperature on all layers": ("llama4_dense", lambda c: {"query_temperature_without_rope": False}),
     "activation": ("gemma3", lambda c: {"activation": "gelu"}),
+    "router's weights not renormalised": ("mixtral", lambda c: experts(c, renormalize=False)),
+    "router's weights renormalised": ("olmoe", lambda c: experts(c, renormalize=True)),
+    "one expert fewer": ("qwen3_moe", lambda c: experts(c, top_k=c.moe.top_k - 1)),
+    "softmax over all": ("granitemoe", lambda c: experts(c, routing="softmax")),
+    "softmax for sigmoid": ("minimax_m2", lambda c: experts(c, routing="softmax")),
+    "groups ignored": ("glm4_moe", lambda c: experts(c, groups=1, topk_groups=1)),
+    "groups scored by their best": ("glm4_moe", lambda c: experts(c, group_score="max")),
+    "scaling factor": ("dots1", lambda c: experts(c, scale=1.0)),
+    "eps of a latent's norm": ("deepseek_v3_dense", lambda c: latent(c, norm_eps=c.norm_eps)),
+    "latent rope in halves": ("deepseek_v3_dense", lambda c: {"rope_interleaved": False}),
+    "latent rope interleaved": ("deepseek_v3_halves", lambda c: {"rope_interleaved": True}),
+    "yarn's share of the scale": ("deepseek_v2_dense", lambda c: {"scale": c.head_dim**-0.5}),
+    "yarn's mscale on cos and sin": ("deepseek_v2_dense", lambda c: scaled(c, mscale=0.8)),
+    "query temperature of a latent": ("mistral4_dense", lambda c: {"query_temperature": None}),
 }
 
 

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 GREEDY = ["--temperature", "0", "--dtype", "float32", "--max-new-tokens", "12"]
@@ -33,6 +36,18 @@ def test_prompt_pipe_file_and_json_agree(tmp_path: Path):
     assert text == by_flag.stdout.rstrip("\n") == "Once upon a time" + result["text"]
     assert result["finish_reason"] == "length" and len(result["token_ids"]) == 12
     assert result["figures"]["new_tokens"] == 12 and result["figures"]["decode_tokens_per_second"] > 0
+
+
+def test_what_was_left_aside_is_said(tmp_path: Path):
+    folder = Path(shutil.copytree(ROOT / "assets" / "folio-tiny", tmp_path / "model"))
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"num_nextn_predict_layers": 1}))
+    layer = f"model.layers.{raw['num_hidden_layers']}"
+    tensors = load_file(folder / "model.safetensors") | {f"{layer}.eh_proj.weight": torch.ones(2, 2)}
+    save_file(tensors, folder / "model.safetensors")
+    args = ("--model", str(folder), "--prompt", "Once", "--max-new-tokens", "1")
+    assert f"left aside: {layer} (for predicting tokens ahead)\n" in run(*args).stderr
+    assert run(*args, "--quiet").stderr == ""
 
 
 def test_samples_are_seeded_and_differ():

@@ -8,18 +8,19 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_runner import make_engine, tokens, workload
+from test_runner import LATENT, make_engine, tokens, workload
 
 import runner as runner_module
 from engine import Engine, SamplingParams
 from graphs import ReplayOnCpu, buckets
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+KINDS = pytest.mark.parametrize("knobs", [{}, LATENT], ids=["heads", "latent"])
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
-def recorded(device: str = "cpu", **options) -> Engine:
-    engine = make_engine(device, **dict(graphs=True) | options)
+def recorded(device: str = "cpu", knobs: dict | None = None, **options) -> Engine:
+    engine = make_engine(device, knobs, **dict(graphs=True) | options)
     for _ in engine.warm_up():
         pass
     return engine
@@ -56,13 +57,14 @@ def test_what_a_replay_returns_is_safe_from_the_next():
     assert first[0].tolist() == [2, 2] and second[0].tolist() == [10, 10]
 
 
+@KINDS
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_same_tokens_and_nothing_captured_after_the_warm_up(device: str):
+def test_the_same_tokens_and_nothing_captured_after_the_warm_up(device: str, knobs: dict):
     """Greedy, sampled, penalised, masked, with logprobs; more requests than rows; every batch size from 1 to 5, so padding too."""
-    eager = make_engine(device, graphs=False)
+    eager = make_engine(device, knobs, graphs=False)
     seeds = [random.randrange(1 << 30) for _ in range(4)]
     expected = [tokens(eager, seed) for seed in seeds]
-    engine = recorded(device)
+    engine = recorded(device, knobs)
     captured = engine.stats().captured_graphs
     assert captured == 3 * len(buckets(5)) == 12  # a step, greedy and sampled; the forward alone
     assert [tokens(engine, seed) for seed in seeds] == expected, f"seeds {seeds}"
@@ -80,18 +82,19 @@ def test_logprobs_are_those_of_an_eager_step(device: str):
         assert [x.top for x in a.outputs[0].logprobs] == [x.top for x in b.outputs[0].logprobs]
 
 
-def test_padding_touches_row_0_and_page_0_alone():
+@KINDS
+def test_padding_touches_row_0_and_page_0_alone(knobs: dict):
     """Three rows in a bucket of four. Page 0 is written to; row 0 stays empty, and the rows that are free stay as they were."""
-    engine = recorded()
+    engine = recorded(knobs=knobs)
     r = engine.runner
     poison = {}
     for row in (4, 5):
         poison[row] = (r.state.length[row].fill_(3), r.state.last_token[row].fill_(17))
-    before = [(k.clone(), v.clone()) for k, v in r.kv]
+    before = [[t.clone() for t in layer] for layer in r.kv]
     engine.generate([[1, 2], [3], [4, 5, 6]], SamplingParams(temperature=0, max_new_tokens=8))
     used = {page for row in (1, 2, 3) for page in r.page_table[row].tolist()} | {0}
-    for (k0, v0), (k1, v1) in zip(before, r.kv, strict=True):
-        for a, b in ((k0, k1), (v0, v1)):
+    for old, new in zip(before, r.kv, strict=True):
+        for a, b in zip(old, new, strict=True):
             changed = (a != b).flatten(1).any(1).nonzero().flatten() // r.page_size
             assert set(changed.tolist()) <= used
     assert r.state.length[0] == 0

@@ -1,6 +1,7 @@
 """The same tokens on any road: radix, overlap, chunk size, page size, preemption and batch size change nothing.
 
-40 prompts with shared prefixes, greedy, float32, against `transformers`: the bundled model, and a random one with grouped KV heads.
+40 prompts with shared prefixes, greedy, float32, against `transformers`: the bundled model, a random one with grouped KV heads, and
+one with a latent (MLA).
 
 pytest tests/test_matrix.py
 """
@@ -84,7 +85,7 @@ def preempt_at_random(scheduler: Scheduler, rng: random.Random) -> None:
 ROADS = list(itertools.product([True, False], [True, False], [16, 64, None], [1, 16], [True, False]))
 
 
-@pytest.mark.parametrize("name", ["bundled", "llama3"])
+@pytest.mark.parametrize("name", ["bundled", "llama3", "deepseek_v2_dense"])
 @pytest.mark.parametrize("number", range(len(ROADS)), ids=[
     f"radix={r:d}-overlap={o:d}-chunk={c or 'whole'}-page={p}-preempt={f:d}" for r, o, c, p, f in ROADS
 ])  # fmt: skip
@@ -103,6 +104,11 @@ def test_the_same_tokens_on_any_road(number: int, name: str):
     stats = engine.stats()
     assert (stats.preemptions > 0) == preempt
     assert (stats.cached_tokens > 300) == radix
+
+
+@pytest.mark.parametrize("number", range(1, len(ROADS), 6))
+def test_the_same_tokens_with_experts(number: int):
+    test_the_same_tokens_on_any_road(number, "qwen3_moe")
 
 
 def test_every_batch_size_is_there():

@@ -8,7 +8,9 @@ import torch
 from engine import Engine, SamplingParams
 from errors import UserError
 from kernels.variants import Variant
+from mla import LatentSpec
 from model import ModelConfig, Transformer
+from moe import MoESpec
 from rope import RopeSpec
 from runner import compiled_graphs
 
@@ -25,6 +27,14 @@ SMALL = dict(
     intermediate_size=48,
     max_position=256,
     ropes=[RopeSpec(theta=1000.0, dim=16, max_position=256)],
+)
+
+
+# Multi-head Latent Attention instead of heads; the sizes are such as the Triton kernel takes.
+LATENT = dict(
+    latent=LatentSpec(query_rank=24, rank=32, nope=8, rope=16, value=24),
+    head_dim=24,
+    rope_interleaved=True,
 )
 
 
@@ -59,10 +69,11 @@ def tokens(engine: Engine, seed: int) -> list[list[int]]:
     return [out.outputs[0].token_ids for out in engine.generate(*workload(seed))]
 
 
-def test_compiled_gives_the_same_tokens_and_compiles_nothing_after_the_warm_up():
-    eager = make_engine()
+@pytest.mark.parametrize("knobs", [{}, LATENT], ids=["heads", "latent"])
+def test_compiled_gives_the_same_tokens_and_compiles_nothing_after_the_warm_up(knobs: dict):
+    eager = make_engine(knobs=knobs)
     expected = [tokens(eager, seed) for seed in range(4)]
-    engine = make_engine()
+    engine = make_engine(knobs=knobs)
     before = compiled_graphs()
     assert len(list(engine.compile())) == 12
     graphs = engine.stats().compiled_graphs
@@ -88,16 +99,53 @@ def test_compiled_for_one_row_at_a_time():
     assert compiled_graphs() == graphs
 
 
-def test_compiled_with_layers_of_two_kinds():
+KINDS = {
+    "window, softcap": dict(windows=[7, None, 7, None], attn_softcap=3.0),
+    "window, sinks": dict(windows=[7, None, 7, None], sinks=True, qkv_bias=True, out_bias=True),
+    "chunks, no rope, temperature": dict(
+        chunks=[12, None, 12, None],
+        layer_rope=[0, None, 0, None],
+        qk_norm="bare",
+        query_temperature=(0.3, 8),
+        query_temperature_without_rope=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+def test_compiled_with_layers_of_two_kinds(kinds: dict):
     """Alike ones share their code, and only that: each has its weights, its pages, its window."""
     prompts, _ = workload(2)
     greedy = SamplingParams(temperature=0, max_new_tokens=12)
-    knobs = dict(num_layers=4, windows=[7, None, 7, None], attn_softcap=3.0)
+    knobs = dict(num_layers=4) | kinds
     expected = [out.outputs[0].token_ids for out in make_engine(knobs=knobs).generate(prompts, greedy)]
     engine = make_engine(knobs=knobs)
     for _ in engine.compile(greedy=True):
         pass
     assert [out.outputs[0].token_ids for out in engine.generate(prompts, greedy)] == expected
+
+
+MOE = MoESpec(
+    num_experts=6, top_k=2, intermediate_size=24, layers=(True, True), routing="sigmoid", renormalize=True,
+    correction_bias=True, groups=3, topk_groups=2, group_score="top2", shared_size=16, shared_gate=True, bias=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_compiled_with_experts(rows: int):
+    """One row at a time is loops over the chosen experts' weights, more are the op; neither compiles anew for other numbers."""
+    prompts, _ = workload(3)
+    greedy = SamplingParams(temperature=0, max_new_tokens=12)
+    knobs = dict(num_layers=2, moe=MOE)
+    expected = [
+        out.outputs[0].token_ids for out in make_engine(knobs=knobs, max_batch_size=rows).generate(prompts, greedy)
+    ]
+    engine = make_engine(knobs=knobs, max_batch_size=rows)
+    for _ in engine.compile(greedy=True, masked=False):
+        pass
+    graphs = compiled_graphs()
+    assert [out.outputs[0].token_ids for out in engine.generate(prompts, greedy)] == expected
+    assert compiled_graphs() == graphs
 
 
 def test_what_a_cpu_cannot_compile_is_said_before():
@@ -112,8 +160,9 @@ def test_what_a_cpu_cannot_compile_is_said_before():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.gpu
-def test_gpu_equals_cpu():
-    on_cpu, on_gpu = make_engine(), make_engine("cuda")
+@pytest.mark.parametrize("knobs", [{}, LATENT], ids=["heads", "latent"])
+def test_gpu_equals_cpu(knobs: dict):
+    on_cpu, on_gpu = make_engine(knobs=knobs), make_engine("cuda", knobs)
     prompts, _ = workload(0)
     greedy = SamplingParams(temperature=0, max_new_tokens=8)
     for a, b in zip(on_cpu.generate(prompts, greedy), on_gpu.generate(prompts, greedy), strict=True):

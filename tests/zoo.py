@@ -1,4 +1,4 @@
-"""Tiny random models of every dense family, for parity against `transformers`.
+"""Tiny random models of every family, for parity against `transformers`.
 
 Each entry of FAMILIES makes a `transformers` config of 100-300 thousand weights in which every knob of that family
 is switched on and set to a value nobody would guess: a window shorter than the prompts, soft caps that bite, an
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Mistral4ForCausalLM, PretrainedConfig, PreTrainedModel
 
 VOCAB = 128
 WINDOW = 16  # make prompts longer than this
@@ -70,6 +70,37 @@ LONGROPE = rope(
     partial_rotary_factor=0.75,  # 12 of 16 channels turn, so 6 frequencies
     short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
     long_factor=[1.5, 2.0, 3.0, 5.0, 8.0, 13.0],
+)
+
+DEEPSEEK: dict[str, Any] = dict(  # the routing of DeepSeek-V3, in four groups of two
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=40,
+    n_shared_experts=2,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.7,
+)
+# Multi-head Latent Attention: no two sizes alike. YaRN as DeepSeek has it, with two different mscales.
+LATENT: dict[str, Any] = dict(
+    num_key_value_heads=4,
+    q_lora_rank=40,
+    kv_lora_rank=24,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=20,
+)
+LATENT_YARN = rope("yarn", factor=8.0, original_max_position_embeddings=32, mscale=1.3, mscale_all_dim=0.8)
+
+LLAMA4: dict[str, Any] = dict(
+    head_dim=32,
+    intermediate_size_mlp=80,
+    attention_chunk_size=12,
+    floor_scale=8,
+    attn_scale=0.4,
+    rope_parameters=LLAMA3_ROPE,
 )
 
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
@@ -168,6 +199,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     # interleaved rope
     "glm": family("glm", head_dim=32, partial_rotary_factor=0.5),
     "glm4": family("glm4", head_dim=32, partial_rotary_factor=0.5),
+    # chunks, rope but on every fourth layer, a temperature there; without experts, and with them in every second layer
+    "llama4_dense": family("llama4_text", **LLAMA4, moe_layers=[], attention_bias=True),
+    "llama4": family("llama4_text", **LLAMA4, interleave_moe_layer_step=2, num_local_experts=4, num_experts_per_tok=2),
     "ernie4_5": family("ernie4_5", head_dim=32, use_bias=True, tie_word_embeddings=True),
     # qk-norm after rope
     "hunyuan": family(
@@ -177,6 +211,105 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         attention_bias=True,
         tie_word_embeddings=True,
     ),
+    # mixtures of experts
+    "mixtral": family("mixtral", head_dim=32, num_local_experts=5, num_experts_per_tok=2, sliding_window=WINDOW),
+    "qwen2_moe": family(
+        "qwen2_moe",
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=56,
+        decoder_sparse_step=2,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+    ),
+    "qwen3_moe": family(
+        "qwen3_moe",
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
+    "olmoe": family("olmoe", num_experts=7, num_experts_per_tok=3),
+    "olmoe_renormalized": family("olmoe", num_experts=7, num_experts_per_tok=3, norm_topk_prob=True),
+    "granitemoe": family(
+        "granitemoe",
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.4,
+        residual_multiplier=0.6,
+        logits_scaling=1.7,
+        tie_word_embeddings=True,
+    ),
+    "granitemoeshared": family(
+        "granitemoeshared",
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        shared_intermediate_size=56,
+        attention_multiplier=0.4,
+    ),
+    "glm4_moe": family("glm4_moe", head_dim=32, partial_rotary_factor=0.5, use_qk_norm=True, **DEEPSEEK),
+    "glm4_moe_bare": family("glm4_moe", attention_bias=True, **DEEPSEEK | dict(n_group=1, topk_group=1)),
+    "dots1": family("dots1", **DEEPSEEK | dict(norm_topk_prob=False)),
+    "minimax_m2": family("minimax_m2", head_dim=32, num_local_experts=8, num_experts_per_tok=3),
+    "gpt_oss": family(
+        "gpt_oss",
+        head_dim=32,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        swiglu_limit=1.5,
+        rope_parameters={**YARN_ROPE, "truncate": False},
+    ),
+    # multi-head latent attention
+    "deepseek_v2_dense": family(
+        "deepseek_v2", num_experts_per_tok=2, **LATENT, first_k_dense_replace=4, rope_parameters=LATENT_YARN
+    ),
+    "deepseek_v2_no_query_rank": family(
+        "deepseek_v2", num_experts_per_tok=2, **LATENT | dict(q_lora_rank=None), first_k_dense_replace=4
+    ),
+    "deepseek_v3_dense": family("deepseek_v3", **LATENT, first_k_dense_replace=4, rope_parameters=LATENT_YARN),
+    "deepseek_v3_halves": family(
+        "deepseek_v3", **LATENT, first_k_dense_replace=4, attention_bias=True, rope_interleave=False
+    ),
+    "glm4_moe_lite_dense": family(
+        "glm4_moe_lite", **LATENT, mlp_layer_types=["dense"] * 4, rope_parameters=rope(partial_rotary_factor=1.0)
+    ),
+    "mistral4_dense": family(
+        "mistral4",
+        **LATENT,
+        first_k_dense_replace=4,
+        rope_parameters={**LATENT_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+    ),
+    # and experts
+    "deepseek_v2": family(
+        "deepseek_v2",
+        **LATENT,
+        **DEEPSEEK | dict(norm_topk_prob=False),
+        topk_method="group_limited_greedy",
+        rope_parameters=LATENT_YARN,
+    ),
+    "deepseek_v2_lite": family(
+        "deepseek_v2", **LATENT | dict(q_lora_rank=None), **DEEPSEEK | dict(norm_topk_prob=False), topk_method="greedy"
+    ),
+    "deepseek_v3": family("deepseek_v3", **LATENT, **DEEPSEEK, rope_parameters=LATENT_YARN),
+    "glm4_moe_lite": family(
+        "glm4_moe_lite",
+        **LATENT,
+        **{k: v for k, v in DEEPSEEK.items() if k != "first_k_dense_replace"},
+        mlp_layer_types=["dense"] + ["sparse"] * 3,
+        rope_parameters=rope(partial_rotary_factor=1.0),
+    ),
+    "mistral4": family(
+        "mistral4",
+        **LATENT,
+        **DEEPSEEK,
+        rope_parameters={**LATENT_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+    ),
+    "youtu": family("youtu", **LATENT, attention_bias=True, tie_word_embeddings=True),
 }
 
 
@@ -191,7 +324,13 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     Raises:
         KeyError: no family of that name.
     """
-    model = AutoModelForCausalLM.from_config(FAMILIES[name](), attn_implementation="eager", dtype=torch.float32)
+    config = FAMILIES[name]()
+    # transformers 5.23 leaves Mistral 4 out of its table
+    classes = {"mistral4": Mistral4ForCausalLM._from_config}
+    make = classes.get(config.model_type, AutoModelForCausalLM.from_config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # biases of gpt-oss do not start at a constant
+        model = make(config, attn_implementation="eager", dtype=torch.float32)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
     with torch.no_grad():
         for path, weight in model.named_parameters():
@@ -202,6 +341,9 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
                 weight.add_(0.3 * noise)
             else:
                 weight.copy_(0.2 * noise)
+        for path, buffer in model.named_buffers():
+            if "correction_bias" in path:
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
         embedding = model.get_input_embeddings()
         if hasattr(embedding, "embed_scale"):
             embedding.weight.mul_(0.25)

@@ -5,7 +5,7 @@ TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_triton_engine.py
 
 import pytest
 import torch
-from test_runner import make_engine, workload
+from test_runner import LATENT, MOE, make_engine, workload
 
 from engine import Engine, SamplingParams
 from rope import RopeSpec
@@ -18,7 +18,11 @@ MODELS = {
     "llama": {},
     "window, softcap, norm": dict(num_layers=2, windows=[7, None], attn_softcap=3.0, qk_norm="head"),
     "no rope, norm after": dict(num_layers=2, layer_rope=[None, 0], qk_norm="head", qk_norm_after_rope=True),
+    "window, sinks": dict(num_layers=2, windows=[7, None], sinks=True),
+    "chunks": dict(num_layers=2, chunks=[12, None], layer_rope=[0, None], qk_norm="bare", qk_norm_after_rope=True),
+    "latent": LATENT,
     "interleaved, partial": dict(rope_interleaved=True, ropes=[RopeSpec(theta=1000.0, dim=8, max_position=256)]),
+    "experts": dict(num_layers=2, moe=MOE),  # theirs are Triton's where there is a GPU
 }
 
 
@@ -42,11 +46,12 @@ def test_same_tokens_as_the_reference(knobs):
     assert run(engine) == expected  # from the cache
 
 
-def test_compiled_as_one_graph_and_only_once():
+@pytest.mark.parametrize("knobs", [{}, LATENT], ids=["heads", "latent"])
+def test_compiled_as_one_graph_and_only_once(knobs):
     sampled = (1,) * 6
-    reference = make_engine(DEVICE, attention="reference")
+    reference = make_engine(DEVICE, knobs, attention="reference")
     expected = [run(reference, sampled, masked) for masked in (False, True)]
-    engine = make_engine(DEVICE, attention="triton")
+    engine = make_engine(DEVICE, knobs, attention="triton")
     before = compiled_graphs()
     for _ in engine.compile(greedy=False):
         pass
