@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from test_families import TOLERANCE, error, folder, our_logits, our_model, reference
 from torch import nn
 
-from checkpoint import Checkpoint, _plain_weights, as_ours, as_theirs, load, save
+from checkpoint import Checkpoint, _plain_weights, load, save
 from errors import UserError
 from families import GPT_OSS_NAMES, LLAMA4_NAMES, MoENames, model_config
 from kernels import linear
 from kernels.linear import can_pack
 from moe import ROUTINGS, Experts, MoE, MoESpec
+from tensor_names import as_ours, as_theirs
 
 E, K = 12, 3
 
