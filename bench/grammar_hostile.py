@@ -5,8 +5,7 @@
 
 Some prompts are decoded together, and every token is timed. In turn: alone; beside some requests a second with a harmless
 schema; beside as many with hostile grammars, each a new one: nested 10,000 deep, 1,000 properties, a constant of 1 MB, 50,000
-parentheses or rules, references that double 30 times, an empty language, and bounded strings in arrays, which the gate lets
-pass and the worker is busy with.
+parentheses or rules, references that double 30 times, an empty language, and one that passes the gate and keeps the worker busy.
 
 A table, then one JSON line.
 """
@@ -31,39 +30,60 @@ def harmless(i: int) -> dict[str, Any]:
     return {"json_schema": {"type": "object", "properties": {f"p{i}": {"type": "integer"}}, "required": [f"p{i}"]}}
 
 
-def hostile(i: int) -> dict[str, Any]:
-    """Each of them once, then again, and never the same twice."""
-    deep = '{"type": "array", "items": ' * 10_000 + f'{{"const": {i}}}' + "}" * 10_000
-    strings: dict[str, Any] = {"type": "string", "maxLength": 100 + i}
-    for _ in range(4):
-        strings = {"type": "array", "items": strings}
+def deep(i: int) -> dict[str, Any]:
+    return {"json_schema": '{"type": "array", "items": ' * 10_000 + f'{{"const": {i}}}' + "}" * 10_000}
+
+
+def many_properties(i: int) -> dict[str, Any]:
+    return {"json_schema": {"type": "object", "properties": {f"p{i}_{n}": {"type": "string"} for n in range(1000)}}}
+
+
+def long_constant(i: int) -> dict[str, Any]:
+    return {"json_schema": {"const": f"{i}" + "x" * 1_000_000}}
+
+
+def parentheses(i: int) -> dict[str, Any]:
+    return {"regex": "(" * 50_000 + f"{i}" + ")" * 50_000}
+
+
+def many_rules(i: int) -> dict[str, Any]:
+    return {"ebnf": "\n".join(["root ::= r0", *(f'r{n} ::= "{i}"' for n in range(50_000))])}
+
+
+def billion_laughs(i: int) -> dict[str, Any]:
     twice = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(30)}
-    kinds = [
-        {"json_schema": deep},
-        {"json_schema": {"type": "object", "properties": {f"p{i}_{n}": {"type": "string"} for n in range(1000)}}},
-        {"json_schema": {"const": f"{i}" + "x" * 1_000_000}},
-        {"regex": "(" * 50_000 + f"{i}" + ")" * 50_000},
-        {"ebnf": "\n".join(["root ::= r0", *(f'r{n} ::= "{i}"' for n in range(50_000))])},
-        {"json_schema": {"$defs": {**twice, "d30": {"const": i}}, "$ref": "#/$defs/d0"}},
-        {"json_schema": {"$defs": {"a": {"$ref": "#/$defs/a", "title": str(i)}}, "$ref": "#/$defs/a"}},
-        {"json_schema": strings},
-    ]
-    return kinds[i % len(kinds)]
+    return {"json_schema": {"$defs": {**twice, "d30": {"const": i}}, "$ref": "#/$defs/d0"}}
+
+
+def empty(i: int) -> dict[str, Any]:
+    return {"json_schema": {"$defs": {"a": {"$ref": "#/$defs/a", "title": str(i)}}, "$ref": "#/$defs/a"}}
+
+
+def slow(i: int) -> dict[str, Any]:
+    """What the gate lets pass and the worker is busy with, for want of another backend: bounded strings in a tag."""
+    schema: dict[str, Any] = {"type": "string", "maxLength": 200 + i}
+    for _ in range(4):
+        schema = {"type": "array", "items": schema}
+    content = {"type": "json_schema", "json_schema": schema}
+    return {"structural_tag": {"type": "structural_tag", "format": content}}
+
+
+HOSTILE = (deep, many_properties, long_constant, parentheses, many_rules, billion_laughs, empty, slow)
 
 
 class Company(threading.Thread):
     """Sends `rate` requests a second, until it is told to stop."""
 
-    def __init__(self, engine: Engine, kinds: Iterator[dict[str, Any]], rate: float):
+    def __init__(self, engine: Engine, requests: Iterator[dict[str, Any]], rate: float):
         super().__init__(daemon=True)
         self.outcomes: Counter[str] = Counter()
-        self._engine, self._kinds, self._rate, self._stop_now = engine, kinds, rate, threading.Event()
+        self._engine, self._requests, self._rate, self._stop_now = engine, requests, rate, threading.Event()
 
     def run(self) -> None:
         streams = []
         while not self._stop_now.wait(1 / self._rate):
             try:
-                params = SamplingParams(temperature=0, max_new_tokens=4, **next(self._kinds))
+                params = SamplingParams(temperature=0, max_new_tokens=4, **next(self._requests))
                 streams.append(self._engine.stream([1, 2, 3], params))
             except UserError:
                 self.outcomes["refused"] += 1
@@ -114,7 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     use_threads(args.threads)
     engine = Engine.from_pretrained(make_checkpoint(args.shape), dtype="float32")
     prompts = [[5 + i, 6, 7, 8] for i in range(args.rows)]
-    kinds = {"alone": None, "harmless": map(harmless, itertools.count()), "hostile": map(hostile, itertools.count())}
+    most = int(args.rate * 60 * (args.repeats + 1))  # made beforehand: that is the work of a client
+    bad = [HOSTILE[i % len(HOSTILE)](i) for i in range(most)]
+    kinds = {"alone": None, "harmless": map(harmless, itertools.count()), "hostile": itertools.cycle(bad)}
     outcomes: dict[str, Counter[str]] = {name: Counter() for name in kinds}
 
     def measure(name: str) -> tuple[float, float]:
