@@ -185,10 +185,11 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
 
 
 def read_tools(args: argparse.Namespace) -> list[dict[str, Any]] | None:
-    if args.tools is None:
+    text = text_or_file(args.tools)
+    if text is None:
         return None
     try:
-        tools = json.loads(text_or_file(args.tools))
+        tools = json.loads(text)
     except ValueError as error:
         raise UserError(f"--tools is not valid JSON: {error}") from error
     if not isinstance(tools, list) or not tools:

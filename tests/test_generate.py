@@ -127,6 +127,7 @@ def test_a_tool_is_called_in_the_notation_of_the_model(choice: list[str]):
         (["--prompt", "x", "--tools", TOOLS], "give --chat"),
         (["--chat", "--tool-choice", "auto"], "there are none"),
         (["--chat", "--tools", "{"], "--tools is not valid JSON"),
+        (["--chat", "--tools", "none.json"], "generate.py: there is no file none.json"),
         (["--chat", "--tools", "[]"], "a JSON list of at least one"),
         (["--chat", "--tools", TOOLS, "--tool-choice", "other"], "the tools are get_weather"),
         (["--chat", "--tools", TOOLS, "--tool-call-parser", "qwen"], "must be one of"),
