@@ -180,10 +180,10 @@ def test_ctrl_c_ends_cleanly():
     endless = ["--prompt", "Once", "--max-new-tokens", "2000", "--temperature", "50", "--seed=8"]  # over 1,500 tokens
     command = [sys.executable, str(ROOT / "generate.py"), *endless]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.read(4) == "Once"
+    assert process.stdout.read(100).startswith("Once")  # in the midst of it
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == 130 and "Traceback" not in err, err
 
 
 def test_help_needs_no_torch():
