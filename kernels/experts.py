@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels.activations import gated
 from kernels.linear import can_pack, product
 
-# Rows of a product with packed float32 weights: oneDNN takes 1.3 to 1.9 times as long for fewer (measured on AVX-512).
+# Rows of a product with packed float32 weights: oneDNN takes longer for fewer (measured on AVX-512).
 LEAST_ROWS = 4
 _ARGUMENTS = "Tensor? gate_up_bias, Tensor? down_bias, str activation, float[] clamp, bool weigh_input"
 _library = torch.library.Library("folio", "FRAGMENT")
