@@ -344,20 +344,26 @@ class Engine:
             request.finish_reason, request.stop_reason = "stop", text.stopped_by  # both at once: the better reason
         self._emit(request, [token])
 
-    def _end(self, request: Request, reason: str, detail: str | None = None) -> None:
+    def _end(
+        self, request: Request, reason: str, detail: str | None = None, error: BaseException | None = None
+    ) -> None:
         """End a request that runs, with the text it has."""
         self.scheduler.end(request, reason, detail)
         if (group := self._live.get(request)) is not None:
             group.texts[request.index].finish()
-        self._emit(request, [])
+        self._emit(request, [], error)
 
-    def _emit(self, request: Request, ids: list[int]) -> None:
+    def _emit(self, request: Request, ids: list[int], error: BaseException | None = None) -> None:
         """Tell whoever waits what is new of a request; once it has ended, forget it."""
         group = self._live.get(request)
         if group is None:  # has ended before
             return
         text, reason = group.texts[request.index].take(), request.finish_reason
-        delta = Delta(group.id, request.index, text, ids, reason, request.stop_reason)
+        logprobs = None if request.params.logprobs is None else request.logprobs[len(request.logprobs) - len(ids) :]
+        cached = request.metrics.cached_tokens
+        delta = Delta(
+            group.id, request.index, text, ids, reason, request.stop_reason, logprobs, request.num_prompt, cached, error
+        )
         self._deltas.append(delta)
         if reason is not None:
             del self._live[request]
@@ -511,7 +517,7 @@ class Engine:
             if request.finish_reason is not None:
                 continue
             if (error := compiled.exception()) is not None:
-                self._end(request, "error", str(error))
+                self._end(request, "error", str(error), error)
             else:
                 jump = self.jump_forward and request.params.logprobs is None  # a forced token has no logits of its own
                 finish_within = request.max_new_tokens if request.params.json_finish else None

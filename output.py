@@ -98,3 +98,7 @@ class Delta:
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: list[TokenLogprob] | None = None  # of token_ids, if they were asked for
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of those: found in the tree
+    error: BaseException | None = None  # that ended it, if it was one; a UserError: what was asked for was refused

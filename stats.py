@@ -4,7 +4,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from grammar.compiler import CompilerStats
+from grammar.stats import CompilerStats
 
 
 @dataclass(frozen=True)

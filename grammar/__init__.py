@@ -19,6 +19,7 @@ exclusion.py             which alternatives exclude each other
 dialects.py              what each makes of a regular expression
 compiler.py              a spec -> a grammar: off the loop, cached, and where it may be slow in a process of its own
 worker.py                that process
+stats.py                 what the compiler counts
 
 matcher.py               how far one request is in its grammar: the interface of both backends
 xgrammar_backend.py      one of them

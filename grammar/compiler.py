@@ -29,6 +29,7 @@ from errors import UserError
 from grammar import limits, support, tag
 from grammar.matcher import Grammar
 from grammar.spec import Spec
+from grammar.stats import CompilerStats
 from grammar.vocabulary import Vocabulary
 from grammar.worker import Backend, Crashed, TookTooLong, Worker, compile_or_refuse
 
@@ -44,20 +45,6 @@ Value = TypeVar("Value")
 
 class QueueFull(UserError):
     """Too many specs wait. There may be room later."""
-
-
-@dataclass(frozen=True)
-class CompilerStats:
-    hits: int  # asked for when it was in the cache, refusals included
-    misses: int
-    joined: int  # asked for while another was waiting for the same; neither of the above
-    compiling: int  # specs on their way, in a queue or in work
-    refused: int  # by the gate, by the choice of a backend or by the backend
-    timeouts: int
-    crashes: int
-    cached_grammars: int
-    cached_bytes: int  # of grammars and of their specs
-    cached_refusals: int
 
 
 @dataclass(eq=False)

@@ -18,7 +18,6 @@ import math
 import os
 import queue
 import resource
-import struct
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from errors import UserError
+from frames import read_frame, write_frame
 from grammar.matcher import Grammar, one_line
 from grammar.spec import Spec
 
@@ -41,7 +41,7 @@ MAX_ANSWER_BYTES = 128 << 20  # to read so much takes the engine's process 4 s o
 NICENESS = 10  # it gives way to the engine: where all cores are busy it gets a tenth of what another process gets
 STACK_BYTES = 64 << 20  # of address space; the parsers are recursive
 
-FRAME = struct.Struct(">Q")  # how many bytes follow; of an answer, the first of them is one of these
+# the first byte of an answer
 READY, COMPILED, QUICK, REFUSED, TOO_LARGE = b"y", b"c", b"q", b"r", b"l"
 
 
@@ -176,24 +176,6 @@ class Worker:
         if answer is None:
             raise TimeoutError if late.is_set() else EOFError
         return answer
-
-
-def write_frame(pipe: BinaryIO, content: bytes) -> None:
-    pipe.write(FRAME.pack(len(content)))
-    pipe.write(content)
-    pipe.flush()
-
-
-def read_frame(pipe: BinaryIO) -> bytes:
-    """EOFError if the other side has gone."""
-    return _read(pipe, *FRAME.unpack(_read(pipe, FRAME.size)))
-
-
-def _read(pipe: BinaryIO, size: int) -> bytes:
-    content = pipe.read(size)
-    if len(content) < size:
-        raise EOFError
-    return content
 
 
 def main() -> None:

@@ -45,8 +45,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import paged
-from kernels.sampling import MAX_BIAS, MAX_STOP_IDS, SamplingTensors
 from kernels.sampling import PROMPT_BIT as _PROMPT_BIT
+from kernels.sampling import SamplingTensors
+from kernels.widths import MAX_BIAS, MAX_STOP_IDS
 
 STRETCH = tl.constexpr(64)  # tokens that share a peak
 TILE = tl.constexpr(32)  # stretches that a program holds in registers

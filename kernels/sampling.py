@@ -15,9 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-MAX_BIAS = 300  # logit_bias entries of a request (as in the OpenAI API)
-MAX_STOP_IDS = 32  # stop ids of a request, the checkpoint's own included
-TOP_LOGPROBS = 20  # most alternatives that can be reported for a token
+from kernels.widths import MAX_BIAS, MAX_STOP_IDS, TOP_LOGPROBS
 
 PROMPT_BIT = 1 << 30  # in `seen`: the token occurs in the prompt; the bits below count the outputs
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from cache.radix import Namespace, Node
 from errors import UserError
-from kernels.sampling import MAX_BIAS, MAX_STOP_IDS, TOP_LOGPROBS
+from kernels.widths import MAX_BIAS, MAX_STOP_IDS, TOP_LOGPROBS
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256  # of one of them: each token's text is compared with every beginning of each
 MAX_SAMPLES = 128
 MAX_INT = 2**31 - 1
 
@@ -86,6 +87,9 @@ class SamplingParams:
             _in_range("a logit_bias value", value, -100, 100)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise UserError(f"stop has {len(self.stop)} strings; {MAX_STOP_STRINGS} is the limit")
+        longest = max(map(len, self.stop), default=0)
+        if longest > MAX_STOP_CHARS:
+            raise UserError(f"stop has a string of {longest} characters; {MAX_STOP_CHARS} is the limit")
         if "" in self.stop:
             raise UserError("stop has an empty string, which would end every text at once")
 
