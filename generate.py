@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine_args import add_engine_flags, engine_options
 from errors import UserError
 from figures import Figures, breakdown_line, figures_line
 from profiling import prepare
@@ -25,14 +26,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: `--help` and a mistyped flag
     from engine import Engine, SamplingParams
     from output import Delta
 
-BUNDLED_MODEL = Path(__file__).parent / "assets" / "folio-tiny"
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Complete a prompt, or chat.", allow_abbrev=False)
-    parser.add_argument(
-        "--model", default=str(BUNDLED_MODEL), help="checkpoint folder or hub id (default: the bundled one)"
-    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to go on with (default: standard input, if it is a pipe)")
     source.add_argument("--prompt-file", help="a file with the prompt")
@@ -49,22 +45,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
     parser.add_argument("--stop", action="append", default=[], help="end before this text (may be given several times)")
     parser.add_argument("--num-samples", type=int, default=1, help="texts to make, as one batch (default: 1)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--compile",
-        nargs="?",
-        const="default",
-        choices=["default", "max-autotune"],
-        help="torch.compile the step first: seconds now, speed after (max-autotune: minutes, and maybe some more)",
-    )
-    parser.add_argument("--no-graphs", action="store_true", help="on a GPU: launch every kernel, no CUDA graphs")
-    parser.add_argument(
-        "--attention",
-        default="auto",
-        choices=["auto", "reference", "sdpa", "triton"],
-        help="attention kernels (default: triton on a GPU, sdpa elsewhere)",
-    )
     output = parser.add_argument_group("structured output (one of the first six)")
     kind = output.add_mutually_exclusive_group()
     kind.add_argument("--json-schema", metavar="FILE|TEXT", help="JSON that a schema describes")
@@ -84,18 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     output.add_argument("--json-finish", action="store_true", help="end validly before the new tokens run out")
     output.add_argument("--disable-any-whitespace", action="store_true", help='JSON with ", " and ": " and no more')
-    output.add_argument("--grammar-backend", default="auto", choices=["auto", "xgrammar", "llguidance"])
-    output.add_argument("--no-jump-forward", action="store_true", help="a step for each token, also for forced ones")
-    cache = parser.add_argument_group("cache and scheduler")
-    cache.add_argument("--max-total-tokens", type=int, default=None, help="tokens in the cache (default: what fits)")
-    cache.add_argument("--page-size", type=int, default=16, help="tokens in a page, 1 to 128 (default: 16)")
-    cache.add_argument(
-        "--chunked-prefill-size", type=int, default=2048, help="most prompt tokens in one step (default: 2048)"
-    )
-    cache.add_argument("--no-chunked-prefill", action="store_true", help="compute a prompt whole, whatever its length")
-    cache.add_argument("--no-radix", action="store_true", help="do not keep prefixes for later prompts (--chat)")
-    cache.add_argument("--no-overlap", action="store_true", help="plan a step only when the one before is done")
-    cache.add_argument("--trace", metavar="FILE", help="write a timeline of the steps for ui.perfetto.dev")
+    add_engine_flags(parser)
     parser.add_argument(
         "--profile",
         metavar="FILE",
@@ -225,23 +194,7 @@ def start(args: argparse.Namespace, params: "SamplingParams") -> tuple["Engine",
     from intake import spec_of
 
     masked = spec_of(params) is not None or args.tools is not None
-    engine = Engine.from_pretrained(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        max_batch_size=args.num_samples,
-        max_total_tokens=args.max_total_tokens,
-        page_size=args.page_size,
-        chunk_size=args.chunked_prefill_size,
-        chunked_prefill=not args.no_chunked_prefill,
-        radix=not args.no_radix,
-        overlap=not args.no_overlap,
-        graphs=False if args.no_graphs else None,
-        attention=args.attention,
-        grammar_backend=args.grammar_backend,
-        jump_forward=not args.no_jump_forward,
-        trace=args.trace,
-    )
+    engine = Engine.from_pretrained(max_batch_size=args.num_samples, **engine_options(args))
     figures = Figures(engine)
     if not args.quiet:
         for note in engine.notes:

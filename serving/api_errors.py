@@ -1,0 +1,86 @@
+"""Every failure as the OpenAI API's error object: {"error": {"message", "type", "param", "code"}}.
+
+Whoever fails raises ApiError or UserError; `api_error` turns any exception into the one that is told to the client.
+"""
+
+import json
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from errors import UserError
+from serving.params import describe
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """What a client is told. code: a word for programs; param: the field that is to blame."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class ServerBusy(ApiError):
+    """There is no room now; there will be."""
+
+    def __init__(self, message: str):
+        super().__init__(503, message, code="server_busy", headers={"Retry-After": "1"})
+
+
+class EngineDown(ApiError):
+    """The engine's process has gone, or has not come yet."""
+
+    def __init__(self, message: str):
+        super().__init__(503, message, code="engine_down", headers={"Retry-After": "5"})
+
+
+class TimedOut(ApiError):
+    def __init__(self, seconds: float):
+        super().__init__(504, f"the request took longer than {seconds:g} s", code="timeout")
+
+
+class RequestFailed(ApiError):
+    """Something broke while this request ran."""
+
+    def __init__(self, message: str):
+        super().__init__(500, message, code="request_failed")
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What a client is told about it. Of a bug of ours, only that it is one: the traceback is in the log."""
+    match error:
+        case ApiError():
+            return error
+        case UserError():
+            return ApiError(400, str(error))
+        case RequestValidationError():
+            first = error.errors()[0]
+            param = ".".join(str(part) for part in first["loc"][1:]) or None
+            return ApiError(400, describe(first, skip=1), param=param)
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        case _:
+            return ApiError(500, "the server has a bug; its log says more", code="internal_error")
+
+
+def error_response(error: BaseException) -> Response:
+    known = api_error(error)
+    # ASCII: a name in the message may be a client's, and half a surrogate pair has no place in UTF-8
+    content = json.dumps(known.body(), ensure_ascii=True)
+    return Response(content, known.status, known.headers, media_type="application/json")
