@@ -4,6 +4,7 @@ Whoever fails raises ApiError or UserError; `api_error` turns any exception into
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -71,12 +72,26 @@ def api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error))
         case RequestValidationError():
             first = error.errors()[0]
-            param = ".".join(str(part) for part in first["loc"][1:]) or None
-            return ApiError(400, describe(first, skip=1), param=param)
+            path = field_path(first["loc"][1:], error.body)
+            param = ".".join(map(str, path)) or None
+            return ApiError(400, describe(first | {"loc": path}), param=param)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         case _:
             return ApiError(500, "the server has a bug; its log says more", code="internal_error")
+
+
+def field_path(loc: Sequence[str | int], body: Any) -> list[str | int]:
+    """Where in the body it is: pydantic's `loc` without the names of the forms that were tried there."""
+    path: list[str | int] = []
+    for i, key in enumerate(loc, 1):
+        inside = isinstance(body, dict) and key in body
+        if inside or (isinstance(body, list) and isinstance(key, int) and key < len(body)):
+            body = body[key]
+        elif not (isinstance(body, dict) and i == len(loc)):  # the last one may be missing
+            continue
+        path.append(key)
+    return path
 
 
 def error_response(error: BaseException) -> Response:

@@ -63,9 +63,9 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"json_schema or structural_tag is no JSON: {error}") from None
 
 
-def describe(problem: dict[str, Any], skip: int = 0) -> str:
+def describe(problem: dict[str, Any]) -> str:
     """One problem that pydantic has found, as a line that begins with the field's name."""
-    where = ".".join(str(part) for part in problem["loc"][skip:])
+    where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{where} is not a field that is supported here"
     if problem["type"] == "missing":
