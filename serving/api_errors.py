@@ -71,10 +71,10 @@ def api_error(error: BaseException) -> ApiError:
         case UserError():
             return ApiError(400, str(error))
         case RequestValidationError():
-            first = error.errors()[0]
-            path = field_path(first["loc"][1:], error.body)
+            found = [(field_path(problem["loc"][1:], error.body), problem) for problem in error.errors()]
+            path, problem = max(found, key=lambda pair: len(pair[0]))  # of several forms, the one that was nearly met
             param = ".".join(map(str, path)) or None
-            return ApiError(400, describe(first | {"loc": path}), param=param)
+            return ApiError(400, describe(problem | {"loc": path}), param=param)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         case _:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from server_process import Server, running
 
 
 @pytest.fixture
@@ -13,3 +14,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A server that several files share: 4 rows, a queue of 60, bodies of 1 MB at most."""
+    with running("--max-running-requests", "4", "--max-queue", "60", "--max-body-mb", "1") as server:
+        yield server
