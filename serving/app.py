@@ -24,6 +24,8 @@ from serving.gate import Gate
 from serving.settings import Settings
 from tokenizer import Tokenizer
 
+ROUTERS = (native_api.router,)  # each takes (client, tokenizer, settings)
+
 
 def make_app(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
     """client: started already. It is closed when the application shuts down."""
@@ -36,7 +38,8 @@ def make_app(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> 
     app = FastAPI(title="Folio", lifespan=lifespan, docs_url=None, redoc_url=None)
     for kind in (ApiError, UserError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _say)
-    app.include_router(native_api.router(client, tokenizer, settings))
+    for router in ROUTERS:
+        app.include_router(router(client, tokenizer, settings))
     app.add_middleware(Gate, settings=settings)
     if settings.cors_origins:  # outermost: a browser asks first without the key
         app.add_middleware(

@@ -21,40 +21,42 @@ LONG = {"text": "Once", "sampling_params": {"max_new_tokens": 1500, "ignore_eos"
 
 
 def test_behind_a_key_with_its_engine_killed_under_load_and_drained_in_the_end():
-    with running("--api-key", "secret", "--served-model-name", "mine", "--cors-origin", "http://page") as server:
-        with httpx.Client(base_url=server.url, timeout=HANG, headers={"Authorization": "Bearer secret"}) as http:
-            routes = {path for path in http.get("/openapi.json").json()["paths"] if path != "/health"}
-            for path in routes | {"/", "/openapi.json", "/nothing"}:
-                for method in ("GET", "POST"):
-                    assert httpx.request(method, server.url + path).status_code == 401, path
-            assert httpx.get(server.url + "/health").status_code == 200
-            assert http.get("/get_model_info").json()["served_model_name"] == "mine"
-            asks = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
-            assert httpx.options(server.url + "/generate", headers=asks).status_code == 200  # asked without the key
-            assert httpx.options(server.url + "/generate", headers=asks | {"Origin": "x"}).status_code == 400
+    with (
+        running("--api-key", "secret", "--served-model-name", "mine", "--cors-origin", "http://page") as server,
+        httpx.Client(base_url=server.url, timeout=HANG, headers={"Authorization": "Bearer secret"}) as http,
+    ):
+        routes = {path for path in http.get("/openapi.json").json()["paths"] if path != "/health"}
+        for path in routes | {"/", "/openapi.json", "/nothing"}:
+            for method in ("GET", "POST"):
+                assert httpx.request(method, server.url + path).status_code == 401, path
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert http.get("/get_model_info").json()["served_model_name"] == "mine"
+        asks = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+        assert httpx.options(server.url + "/generate", headers=asks).status_code == 200  # asked without the key
+        assert httpx.options(server.url + "/generate", headers=asks | {"Origin": "x"}).status_code == 400
 
-            ends: list[httpx.Response] = []
-            load = [threading.Thread(target=lambda: ends.append(http.post("/generate", json=LONG))) for _ in range(24)]
-            for thread in load:
-                thread.start()
-            state = lambda: http.get("/server_info").json()  # noqa: E731
-            until(lambda: state()["open_requests"] == 24)
-            os.kill(state()["internal_states"][0]["engine_pid"], signal.SIGKILL)
-            until(lambda: http.get("/health").status_code == 503)
-            assert http.post("/generate", json=LONG).json()["error"]["code"] == "engine_down"
-            for thread in load:
-                thread.join(HANG)
-            assert [(r.status_code, r.json()["error"]["code"]) for r in ends] == [(503, "engine_down")] * 24
-            until(lambda: http.get("/health").status_code == 200)
-            assert state()["engine_restarts"] == 1 and http.get("/health_generate").status_code == 200
+        ends: list[httpx.Response] = []
+        load = [threading.Thread(target=lambda: ends.append(http.post("/generate", json=LONG))) for _ in range(24)]
+        for thread in load:
+            thread.start()
+        state = lambda: http.get("/server_info").json()  # noqa: E731
+        until(lambda: state()["open_requests"] == 24)
+        os.kill(state()["internal_states"][0]["engine_pid"], signal.SIGKILL)
+        until(lambda: http.get("/health").status_code == 503)
+        assert http.post("/generate", json=LONG).json()["error"]["code"] == "engine_down"
+        for thread in load:
+            thread.join(HANG)
+        assert [(r.status_code, r.json()["error"]["code"]) for r in ends] == [(503, "engine_down")] * 24
+        until(lambda: http.get("/health").status_code == 200)
+        assert state()["engine_restarts"] == 1 and http.get("/health_generate").status_code == 200
 
-            short = LONG | {"sampling_params": {"max_new_tokens": 100, "ignore_eos": True}}
-            last = threading.Thread(target=lambda: ends.append(http.post("/generate", json=short)))
-            last.start()
-            until(lambda: state()["open_requests"] == 1)
-            assert server.stop() in (0, 130)
-            last.join(HANG)
-            assert ends[-1].status_code == 200 and len(ends[-1].json()["output_ids"]) == 100
+        short = LONG | {"sampling_params": {"max_new_tokens": 100, "ignore_eos": True}}
+        last = threading.Thread(target=lambda: ends.append(http.post("/generate", json=short)))
+        last.start()
+        until(lambda: state()["open_requests"] == 1)
+        assert server.stop() in (0, 130)
+        last.join(HANG)
+        assert ends[-1].status_code == 200 and len(ends[-1].json()["output_ids"]) == 100
 
 
 def test_time_is_limited_and_so_is_the_drain():
