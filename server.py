@@ -25,7 +25,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--api-key", help="what clients must send as `Authorization: Bearer KEY`, but for /health")
     parser.add_argument("--served-model-name", help="what clients call the model (default: the folder's name)")
     parser.add_argument("--cors-origin", action="append", default=[], help="a web page's origin that may ask")
-    parser.add_argument("--tool-call-parser", metavar="NAME", help="how the model says a tool call")
+    parser.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model says a tool call (default: as its chat template tells)",
+    )
+    parser.add_argument("--reasoning-parser", metavar="NAME", default="off", help="how it says thoughts (default: off)")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-queue", type=int, default=1024, help="sequences that may wait (default: 1024)")
     limits.add_argument("--max-body-mb", type=float, default=8.0, help="of a request (default: 8)")
@@ -45,6 +50,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("max_queue", "max_body_mb", "request_timeout", "drain_seconds", "watchdog_timeout"):
         if not getattr(args, flag) >= 0:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must not be negative")
+    if args.api_key == "":
+        parser.error("--api-key is empty; leave it out, or give one")
     return args
 
 
@@ -91,17 +98,17 @@ async def serve(args: argparse.Namespace) -> None:
         request_timeout=args.request_timeout,
         cors_origins=tuple(args.cors_origin),
         tool_call_parser=args.tool_call_parser,
-    )
-    app = make_app(client, Tokenizer.from_pretrained(client.model.checkpoint), settings)
-    config = uvicorn.Config(
-        app,
-        host=args.host,
-        port=args.port,
-        log_level="info",
-        access_log=False,
-        timeout_graceful_shutdown=int(args.drain_seconds),
+        reasoning_parser=args.reasoning_parser,
     )
     try:
+        app = make_app(client, Tokenizer.from_pretrained(client.model.checkpoint), settings)
+        config = uvicorn.Config(
+            app,
+            host=args.host,
+            port=args.port,
+            access_log=False,
+            timeout_graceful_shutdown=int(args.drain_seconds),
+        )
         await uvicorn.Server(config).serve()
     finally:
         await client.close()

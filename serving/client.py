@@ -93,16 +93,18 @@ class EngineClient:
     async def close(self) -> None:
         """Stop the engine. What is still open ends with EngineDown."""
         self._closing = True
-        if self._child is not None:
-            self._child.send(m.Stop())
-        if self._tasks:
-            supervisor, *others = self._tasks
-            for task in others:
-                task.cancel()
+        if not self._tasks:
+            return
+        supervisor, watch = self._tasks
+        watch.cancel()
+        if (child := self._child) is None:
+            supervisor.cancel()  # it waits for the next try, or for one that is loading
+        else:
+            child.send(m.Stop())
             _, late = await asyncio.wait([supervisor], timeout=STOP_SECONDS)
             if late:
-                supervisor.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+                child.kill()
+        await asyncio.gather(supervisor, watch, return_exceptions=True)
 
     @property
     def healthy(self) -> bool:

@@ -16,11 +16,11 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from errors import UserError
 from scheduler.request import TokenLogprob
@@ -28,7 +28,7 @@ from serving.answers import Answer
 from serving.api_errors import ApiError, EngineDown, api_error
 from serving.client import EngineClient
 from serving.messages import Delta
-from serving.params import Params
+from serving.params import FirstOnly, Ids, Params, StrictModel, Texts
 from serving.settings import Settings
 from tokenizer import Tokenizer
 
@@ -36,10 +36,6 @@ MAX_NEW_TOKENS = 128  # where a request does not say (SGLang)
 HEALTH_SECONDS = 20.0  # that /health_generate waits for a token
 STATS_SECONDS = 5.0  # that /metrics and /server_info wait for the engine, which answers between two steps
 SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class SGLangParams(Params):
@@ -63,11 +59,11 @@ class SGLangParams(Params):
         return {"max_new_tokens": MAX_NEW_TOKENS} | values
 
 
-class GenerateRequest(Strict):
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
-    sampling_params: SGLangParams | list[SGLangParams] = Field(default_factory=SGLangParams)
-    rid: str | list[str] | None = None
+class GenerateRequest(StrictModel):
+    text: str | Texts | None = None
+    input_ids: Ids | Annotated[list[Ids], FirstOnly()] | None = None
+    sampling_params: SGLangParams | Annotated[list[SGLangParams], FirstOnly()] = Field(default_factory=SGLangParams)
+    rid: str | Texts | None = None
     stream: bool = False
     return_logprob: bool = False
     logprob_start_len: Literal[-1] = -1  # of the output only
@@ -79,19 +75,19 @@ class GenerateRequest(Strict):
     image_data: None = None
 
 
-class AbortRequest(Strict):
+class AbortRequest(StrictModel):
     rid: str = ""
     abort_all: bool = False
 
 
-class TokenizeRequest(Strict):
-    prompt: str | list[str]
+class TokenizeRequest(StrictModel):
+    prompt: str | Texts
     add_special_tokens: bool = True
     model: str | None = None
 
 
-class DetokenizeRequest(Strict):
-    tokens: list[int] | list[list[int]]
+class DetokenizeRequest(StrictModel):
+    tokens: Ids | Annotated[list[Ids], FirstOnly()]
     skip_special_tokens: bool = True
     model: str | None = None
 
@@ -109,7 +105,8 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
         first = await anext(events)  # what the engine refuses is a status, not an event
         return StreamingResponse(_sse(first, events), media_type="text/event-stream", headers=SSE)
 
-    @routes.api_route("/flush_cache", methods=["GET", "POST"])
+    @routes.get("/flush_cache")
+    @routes.post("/flush_cache")
     async def flush_cache() -> Response:
         """Drop all cached prefixes that nobody runs on."""
         return JSONResponse({"success": True, "pages_held": await client.flush()})
@@ -172,6 +169,7 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
     async def tokenize(asked: TokenizeRequest) -> Response:
         """Text, or several, as token ids."""
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        _refuse_if_many("prompt", prompts, settings.max_prompts)
         ids = [await asyncio.to_thread(tokenizer.encode, prompt, asked.add_special_tokens) for prompt in prompts]
         count = [len(x) for x in ids]
         one = isinstance(asked.prompt, str)
@@ -183,6 +181,7 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
         """Token ids, or several lists of them, as text."""
         many = bool(asked.tokens) and isinstance(asked.tokens[0], list)
         lists = asked.tokens if many else [asked.tokens]
+        _refuse_if_many("tokens", lists, settings.max_prompts)
         texts = [await asyncio.to_thread(tokenizer.decode, ids, asked.skip_special_tokens) for ids in lists]
         return JSONResponse({"text": texts if many else texts[0]})
 
@@ -338,9 +337,13 @@ async def _prompts(asked: GenerateRequest, tokenizer: Tokenizer, most: int) -> l
         raise UserError(f"{name} is empty")
     one = isinstance(given, str) or isinstance(given[0], int)
     prompts = [given] if one else given
+    _refuse_if_many(name, prompts, most)
+    return [await asyncio.to_thread(tokenizer.encode, p) if isinstance(p, str) else p for p in prompts]
+
+
+def _refuse_if_many(name: str, prompts: Sequence[Any], most: int) -> None:
     if len(prompts) > most:
         raise UserError(f"{name} has {len(prompts)} prompts; {most} is the limit")
-    return [await asyncio.to_thread(tokenizer.encode, p) if isinstance(p, str) else p for p in prompts]
 
 
 def _one_each(name: str, given: Any, prompts: int) -> Sequence[Any]:

@@ -11,17 +11,45 @@ import json
 import typing
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Strict, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Strict,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from errors import UserError
 from scheduler.request import SamplingParams
 
+MAX_FIELDS = 512  # of an object
+
+
+def few_fields(value: Any) -> Any:
+    """Refuse an object that pydantic would find half a million things wrong with, and list them all."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ValueError(f"an object with {len(value)} fields; {MAX_FIELDS} is the limit")
+    return value
+
+
+class FirstOnly(FailFast):
+    """For a list: what is wrong with the first bad element is enough to know."""
+
+    __hash__ = object.__hash__  # a union of types wants one
+
+
+Ids = Annotated[list[int], FirstOnly()]
+Texts = Annotated[list[str], FirstOnly()]
 OVER_JSON = {
     "json_schema": str | bool | dict[str, Any] | None,  # a pydantic model stays in its process
-    "logit_bias": dict[Annotated[int, Strict(False)], float],  # the keys of an object are strings
-    "stop": str | list[str] | None,
-    "stop_token_ids": list[int],
-    "choices": list[str] | None,
+    # the keys of an object are strings
+    "logit_bias": Annotated[dict[Annotated[int, Strict(False)], float], BeforeValidator(few_fields)],
+    "stop": str | Texts | None,
+    "stop_token_ids": Ids,
+    "choices": Texts | None,
 }
 NOT_OVER_JSON = {"allowed_tokens_fn"}
 
@@ -37,8 +65,14 @@ def _fields() -> dict[str, Any]:
     return fields
 
 
-# A field that is unknown is refused, and so is "1" where a number should be.
-Params: type[BaseModel] = create_model("Params", __config__=ConfigDict(extra="forbid", strict=True), **_fields())
+class StrictModel(BaseModel):
+    """A field that is unknown is refused, and so is "1" where a number should be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    _few = model_validator(mode="before")(few_fields)
+
+
+Params: type[StrictModel] = create_model("Params", __base__=StrictModel, **_fields())
 
 
 def sampling_params(values: dict[str, Any]) -> SamplingParams:
@@ -70,5 +104,6 @@ def describe(problem: dict[str, Any]) -> str:
         return f"{where} is not a field that is supported here"
     if problem["type"] == "missing":
         return f"{where} is missing"
-    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
     return f"{where}: {message}" if where else message

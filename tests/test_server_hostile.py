@@ -99,8 +99,14 @@ def test_bodies_that_are_none(http, content):
         b'{"text": "a", "text": "b"}',
         b'{"input_ids": [' + b"5," * 100_000 + b"5]}",
         b'{"text": "' + b"a" * 1_000_000 + b'"}',
+        b'{"input_ids": [' + b'"5",' * 200_000 + b"5]}",
+        b'{"text": [' + b"5," * 200_000 + b"5]}",
+        json.dumps({"text": "a"} | dict.fromkeys(map(str, range(60_000)), 1)).encode(),
+        json.dumps(
+            {"text": "a", "sampling_params": {"logit_bias": dict.fromkeys(map(hex, range(60_000)), 1)}}
+        ).encode(),
     ],
-    ids=range(13),
+    ids=range(17),
 )
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded"])
 def test_bodies_made_by_hand(http, content, kind):

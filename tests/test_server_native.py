@@ -6,6 +6,7 @@ python -m pytest tests/test_server_native.py
 import asyncio
 import itertools
 import json
+import socket
 import threading
 
 import httpx
@@ -224,6 +225,8 @@ def test_a_value_that_is_wrong_is_said(http, body, about):
 
 def test_other_routes_refuse_likewise(http):
     assert refused(http, "/tokenize", {"prompt": 1})["param"] == "prompt"
+    assert "limit" in refused(http, "/tokenize", {"prompt": [""] * 257})["message"]
+    assert "limit" in refused(http, "/detokenize", {"tokens": [[]] * 257})["message"]
     assert "vocabulary" in refused(http, "/detokenize", {"tokens": [5000]})["message"]
     assert "rid or abort_all" in refused(http, "/abort_request", {})["message"]
     assert refused(http, "/nothing", {}, 404)["type"] == "not_found_error"
@@ -267,6 +270,25 @@ def test_a_client_that_leaves_is_aborted(http, server, stream):
     asyncio.run(leave())
     assert until_idle(http)["steps"] - before < 1000  # it would have gone on for 1,500
     assert http.get("/server_info").json()["open_requests"] == 0
+
+
+def test_a_client_that_does_not_read_holds_nobody(http, server):
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"text": [PROMPT] * 3, "sampling_params": LONG, "stream": True}).encode()
+    with socket.create_connection((host, int(port))) as raw:
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        raw.sendall(head.encode() + b"\r\n\r\n" + body)
+        until(lambda: state(http)["running"] == 3)
+        assert generate(http, text="x", sampling_params=GREEDY)["text"]
+        until(lambda: http.get("/server_info").json()["open_requests"] == 0)  # all 1,500 tokens are there, and wait
+        until_idle(http)
+        raw.settimeout(HANG)
+        got = b""
+        while b"[DONE]" not in got[-100:]:
+            chunk = raw.recv(1 << 20)
+            assert chunk, "cut off"
+            got += chunk
+    assert got.count(b'"type": "length"') == 3
 
 
 def test_a_request_can_be_aborted_by_its_id(http):
