@@ -89,8 +89,9 @@ def test_a_soak_notices_what_is_wrong(server: Server, monkeypatch):
             soak.check(Answer(0, status, last={"meta_info": wrong}), asks)
 
     info = get(server.url, "/server_info")
-    lost = info | {"internal_states": [info["internal_states"][0] | {"pages_free": 1}]}
-    monkeypatch.setattr(serve_soak, "get", lambda *_: lost)
+    state = info["internal_states"][0]
+    monkeypatch.setattr(serve_soak, "get", lambda *_: info | {"internal_states": [state | {"pages_free": 1}]})
     assert "leaves pages" in serve_soak.left_behind(server.url)
-    monkeypatch.setattr(serve_soak, "get", lambda *_: info | {"engine_restarts": 1})
+    whole = {"internal_states": [state | {"pages_free": state["pages_total"]}]}
+    monkeypatch.setattr(serve_soak, "get", lambda *_: info | whole | {"engine_restarts": 1})
     assert "restarted" in serve_soak.left_behind(server.url)

@@ -6,12 +6,13 @@ python -m pytest tests/test_server_native.py
 import asyncio
 import itertools
 import json
+import re
 import socket
 import threading
 
 import httpx
 import pytest
-from server_process import HANG, MODEL, Server, until
+from server_process import HANG, MODEL, ROOT, Server, until
 
 from engine import Engine, SamplingParams
 
@@ -169,6 +170,14 @@ def test_what_it_says_of_itself(http):
     assert info["max_running_requests"] == 4 and info["internal_states"][0]["healthy"]
     paths = set(http.get("/openapi.json").json()["paths"])
     assert paths >= {"/generate", "/flush_cache", "/abort_request", "/tokenize", "/detokenize", "/metrics", "/health"}
+
+
+def test_what_the_docs_show_works(http):
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    shown = re.findall(r"curl localhost:30000(/generate) [^']*'Content-Type: application/json' \\\n +-d '(.*?)'", page)
+    assert shown
+    for path, body in shown:
+        assert http.post(path, json=json.loads(body)).status_code == 200
 
 
 # ---- what it refuses
