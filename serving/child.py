@@ -17,6 +17,8 @@ from frames import FRAME
 from serving import messages as m
 
 ROOT = Path(__file__).parents[1]
+# -P: no module of the current folder is taken for one of ours
+COMMAND = [sys.executable, "-P", "-m", "serving.engine_process"]
 MOST_FRAME = 1 << 30  # bytes; what says it is longer is no frame
 
 
@@ -31,8 +33,7 @@ class Child:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with theirs:
             process = subprocess.Popen(
-                # -P: no module of the current folder is taken for one of ours
-                [sys.executable, "-P", "-m", "serving.engine_process", str(theirs.fileno())],
+                [*COMMAND, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": path},

@@ -7,6 +7,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from server_process import HANG, MODEL
 
 from errors import UserError
+from serving import child as child_module
 from serving import client as client_module
 from serving.answers import Answer, joined
 from serving.api_errors import EngineDown, ServerBusy, TimedOut
@@ -222,37 +224,47 @@ def test_killed_under_load_all_end_and_another_one_starts(run):
     run(body)
 
 
-def test_without_restart_it_stays_down():
+def test_closing_ends_what_runs(run):
+    """The last one that has this client."""
+
     async def body(client: EngineClient) -> None:
-        os.kill(client.pid, signal.SIGKILL)
-        while client.healthy:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
-        assert not client.healthy and client.restarts == 0
-        with pytest.raises(EngineDown):
-            await client.stats()
-
-    with shared(restart=False) as run:
-        run(body)
-
-
-def test_one_that_says_nothing_any_more_is_replaced_and_closing_ends_what_runs():
-    async def body(client: EngineClient) -> None:
-        answer = client.generate("r", [5], LONG)
-        await anext(answer)
-        os.kill(client.pid, signal.SIGSTOP)
-        with pytest.raises(EngineDown):
-            await text_of(answer)
-        while not client.healthy:
-            await asyncio.sleep(0.05)
         answer = client.generate("r", [5], LONG)
         await anext(answer)
         await client.close()
         with pytest.raises(EngineDown):
             await text_of(answer)
-        assert client.restarts == 1
+        with pytest.raises(EngineDown):
+            client.generate("r", [5])
+        assert not client.healthy and client.restarts == 1  # of the test before
 
-    with shared(watchdog=3.0) as run:
+    run(body)
+
+
+STAND_IN = """
+import socket, sys, time
+from frames import write_frame
+from serving import messages as m
+pipe = socket.socket(fileno=int(sys.argv[1])).makefile("wb")
+write_frame(pipe, m.encode(m.Ready(m.ModelFacts("", "", "", "", "", 9, 9, 9, 9, 9, []))))
+if {after!r}:
+    write_frame(pipe, {after!r})
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("after", [b"", b"{}", b'[{"type": "delta", "rid": 1}]'], ids=["silent", "object", "no delta"])
+def test_one_that_says_nothing_or_nonsense_is_killed(monkeypatch, after):
+    monkeypatch.setattr(child_module, "COMMAND", [sys.executable, "-c", STAND_IN.format(after=after)])
+
+    async def body(client: EngineClient) -> None:
+        while client.healthy:
+            with pytest.raises(EngineDown):
+                await text_of(client.generate("r", [5]))
+        assert "died" in client.why_unhealthy and client.restarts == 0 and client.open_requests == 0
+        with pytest.raises(EngineDown):
+            await client.stats()
+
+    with shared(watchdog=0.5, restart=False) as run:
         run(body)
 
 

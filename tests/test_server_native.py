@@ -283,11 +283,13 @@ def test_a_client_that_leaves_is_aborted(http, server, stream):
 
 def test_a_client_that_does_not_read_holds_nobody(http, server):
     host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps({"text": [PROMPT] * 3, "sampling_params": LONG, "stream": True}).encode()
-    with socket.create_connection((host, int(port))) as raw:
+    body = json.dumps({"text": PROMPT, "sampling_params": LONG, "stream": True}).encode()
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect((host, int(port)))
         head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         raw.sendall(head.encode() + b"\r\n\r\n" + body)
-        until(lambda: state(http)["running"] == 3)
+        until(lambda: state(http)["running"])
         assert generate(http, text="x", sampling_params=GREEDY)["text"]
         until(lambda: http.get("/server_info").json()["open_requests"] == 0)  # all 1,500 tokens are there, and wait
         until_idle(http)
@@ -297,7 +299,7 @@ def test_a_client_that_does_not_read_holds_nobody(http, server):
             chunk = raw.recv(1 << 20)
             assert chunk, "cut off"
             got += chunk
-    assert got.count(b'"type": "length"') == 3
+    assert got.count(b'"type": "length"') == 1
 
 
 def test_a_request_can_be_aborted_by_its_id(http):
