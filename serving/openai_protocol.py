@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 from errors import UserError
-from serving.errors import ApiError
+from serving.api_errors import ApiError
 
 MAX_TEXT_FIELD = 256  # characters of a request id, a salt, a name
 MAX_STOP_LENGTH = 1024  # characters of a stop string: what may become one is held back
@@ -330,10 +330,16 @@ def refused(error: UserError, body: Sampling) -> ApiError:
     """What the engine says of a request, with the field that is to blame if its message begins with one."""
     message = str(error)
     word = re.match("[a-z_]*", message)[0]
-    field = ENGINE_NAMES.get(word, word)
-    if field not in type(body).model_fields:
-        return ApiError(400, message)
-    return ApiError(400, field + message.removeprefix(word), param=field)
+    field = next((name for name in _blamed(word, body) if getattr(body, name, None) is not None), None)
+    return ApiError(400, message if field is None else field + message.removeprefix(word), param=field)
+
+
+def _blamed(word: str, body: Sampling) -> list[str]:
+    """The fields that may have brought what the engine calls by that name, the likeliest first."""
+    fields = [ENGINE_NAMES.get(word, word), *(name for name, engine in CONSTRAINTS.items() if engine == word)]
+    if word in ("json_schema", "structural_tag"):
+        fields += ["tools", "response_format"] if getattr(body, "calls_tools", False) else ["response_format"]
+    return [name for name in fields if name in type(body).model_fields]
 
 
 def _token_id(key: str) -> int:

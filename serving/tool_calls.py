@@ -127,7 +127,7 @@ _QWEN_XML = _notation(
 )  # fmt: skip
 NOTATIONS = {
     "qwen_3": _QWEN,
-    "hermes": _QWEN,
+    "hermes": _QWEN,  # who spoke so first
     "exaone": _QWEN,
     "qwen_3_coder": _QWEN_XML,
     "qwen_3_5": _QWEN_XML,
@@ -160,6 +160,8 @@ NOTATIONS = {
         section=("<minimax:tool_call>", "</minimax:tool_call>"),
     ),
 }  # fmt: skip
+
+ALIASES = {"hermes": "qwen_3"}  # names that grammar/tools.py does not have
 
 
 class ToolCalls:

@@ -1,0 +1,250 @@
+"""The routes of the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
+
+    app.include_router(router(client, tokenizer, Settings(model="folio-tiny")))
+
+A request becomes one or more prompts for the engine, whose deltas come back in whatever order; a stream passes on what each brings
+(serving/openai_answers.py), and an answer that is not streamed is the sum of the same. What is refused before the first token is an
+error with a status; after it, an `error` in the stream.
+
+    python -m pytest tests/test_openai_api.py
+"""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastapi import APIRouter
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from errors import UserError
+from serving.api_errors import ApiError, api_error
+from serving.chat import Chats
+from serving.messages import Delta
+from serving.openai_answers import ChatChoice, CompletionChoice, Tally, envelope
+from serving.openai_protocol import ChatRequest, CompletionRequest, Sampling, refused
+from serving.openai_route import NamingRoute
+from serving.openai_shapes import ChatCompletion, Completion, Model, Models
+from tokenizer import Tokenizer
+
+MAX_CHOICES = 1024  # prompts x n of one request
+
+
+class Client(Protocol):
+    """What is needed of the engine: `serving.client.EngineClient`, or a stand-in."""
+
+    def generate(
+        self,
+        rid: str,
+        prompt_ids: list[int],
+        params: dict[str, Any],
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[Delta]:
+        """The deltas of params["n"] samples; closing it aborts. Raises UserError or ApiError for what fails."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """model: the name that clients know it by. The parsers: as `serving.chat.Chats` takes them."""
+
+    model: str
+    max_model_len: int
+    tool_call_parser: str | None = None
+    reasoning_parser: str = "off"
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt of a request, for the engine."""
+
+    rid: str
+    prompt_ids: list[int]
+    params: dict[str, Any]
+
+
+def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRouter:
+    """The routes, for an app that renders ApiError. UserError for a parser that there is not."""
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=NamingRoute)
+    chats = Chats(tokenizer, settings.tool_call_parser, settings.reasoning_parser)
+    model: Model = {
+        "id": settings.model,
+        "object": "model",
+        "created": settings.created,
+        "owned_by": "folio",
+        "max_model_len": settings.max_model_len,
+    }
+
+    @routes.post("/chat/completions", responses={200: {"model": ChatCompletion}}, response_class=Response)
+    async def chat_completions(body: ChatRequest) -> Response:
+        _check_model(body.model, settings.model)
+        with _naming(body):
+            prompt = await run_in_threadpool(chats.prompt, body)
+        id = body.rid or f"chatcmpl-{uuid.uuid4().hex}"
+        choices = [ChatChoice(i, chats, prompt) for i in range(body.n or 1)]
+        answer = Answer("chat.completion", id, settings.model, body, choices)
+        return await answer.respond(client, [Job(id, prompt.ids, prompt.params)])
+
+    @routes.post("/completions", responses={200: {"model": Completion}}, response_class=Response)
+    async def completions(body: CompletionRequest) -> Response:
+        _check_model(body.model, settings.model)
+        id = body.rid or f"cmpl-{uuid.uuid4().hex}"
+        with _naming(body):
+            prompts = await run_in_threadpool(_encoded, body, tokenizer)
+        n = body.n or 1
+        if len(prompts) * n > MAX_CHOICES:
+            raise ApiError(
+                400, f"n is {n} for each of {len(prompts)} prompts; {MAX_CHOICES} texts are the limit", param="n"
+            )
+        params = body.params()
+        jobs = [Job(id if len(prompts) == 1 else f"{id}-{i}", ids, params) for i, (_, ids) in enumerate(prompts)]
+        echoes = [text if body.echo else "" for text, _ in prompts for _ in range(n)]
+        choices = [CompletionChoice(i, tokenizer, echo) for i, echo in enumerate(echoes)]
+        return await Answer("text_completion", id, settings.model, body, choices).respond(client, jobs)
+
+    @routes.get("/models", responses={200: {"model": Models}})
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @routes.get("/models/{name:path}", responses={200: {"model": Model}})
+    async def one_model(name: str) -> JSONResponse:
+        _check_model(name, settings.model)
+        return JSONResponse(model)
+
+    return routes
+
+
+class Answer:
+    """The answer to one request: to be streamed, or whole."""
+
+    def __init__(
+        self, kind: str, id: str, model: str, body: Sampling, choices: Sequence[ChatChoice | CompletionChoice]
+    ):
+        self.body, self.choices, self.tally = body, choices, Tally()
+        self._head = envelope(kind, id, model)
+        self._chunk_kind = "chat.completion.chunk" if kind == "chat.completion" else kind
+
+    async def respond(self, client: Client, jobs: Sequence[Job]) -> Response:
+        """ApiError for what is refused before anything of it is said."""
+        chunks = self._chunks(client, jobs)
+        if self.body.stream:
+            first = await anext(chunks)  # from now on the status is 200
+            return StreamingResponse(_events(first, chunks), media_type="text/event-stream")
+        async for _ in chunks:
+            pass
+        choices = [choice.whole() for choice in self.choices]
+        return JSONResponse(self._head | {"choices": choices, "usage": self.tally.usage})
+
+    async def _chunks(self, client: Client, jobs: Sequence[Job]) -> AsyncIterator[dict[str, Any]]:
+        """All that a stream says, as objects."""
+        n, begun = self.body.n or 1, False
+        with _naming(self.body):
+            async with aclosing(_deltas(client, jobs, self.body)) as deltas:
+                async for job, delta in deltas:
+                    if not begun and isinstance(self.choices[0], ChatChoice):
+                        for choice in self.choices:
+                            yield self._chunk([choice.first()])
+                    begun = True
+                    self.tally.add(job, delta)
+                    for chunk in self.choices[job * n + delta.index].feed(delta):
+                        yield self._chunk([chunk])
+        if self.body.include_usage:
+            yield self._chunk([]) | {"usage": self.tally.usage}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = self._head | {"object": self._chunk_kind, "choices": choices}
+        return chunk | {"usage": None} if self.body.include_usage else chunk
+
+
+async def _events(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Chunks as server-sent events. What fails now is told inside of the stream."""
+    async with aclosing(chunks):
+        try:
+            yield _event(first)
+            async for chunk in chunks:
+                yield _event(chunk)
+        except Exception as error:
+            known = api_error(error)
+            yield _event(known.body())
+            if known.status == 500:
+                raise  # a bug of ours: for the log
+            return
+        yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+
+
+async def _deltas(client: Client, jobs: Sequence[Job], body: Sampling) -> AsyncIterator[tuple[int, Delta]]:
+    """The deltas of all jobs as they come, each with the number of its job. Closing it closes them all."""
+    streams = [
+        client.generate(job.rid, job.prompt_ids, job.params, priority=body.priority or 0, cache_salt=body.cache_salt)
+        for job in jobs
+    ]
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for delta in stream:
+                yield 0, delta
+        return
+    arrived: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
+
+    async def forward(number: int, stream: AsyncIterator[Delta]) -> None:
+        end = None
+        try:
+            async with aclosing(stream):
+                async for delta in stream:
+                    arrived.put_nowait((number, delta))
+        except Exception as error:
+            end = error
+        finally:
+            arrived.put_nowait((number, end))
+
+    tasks = [asyncio.create_task(forward(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        going = len(tasks)
+        while going:
+            number, delta = await arrived.get()
+            if isinstance(delta, Delta):
+                yield number, delta
+            elif delta is not None:
+                raise delta
+            else:
+                going -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _encoded(body: CompletionRequest, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+    """Each prompt as text and ids; the text of ids only if it is to be echoed."""
+    return [
+        (prompt, tokenizer.encode(prompt))
+        if isinstance(prompt, str)
+        else (tokenizer.decode(prompt) if body.echo else "", prompt)
+        for prompt in body.prompts()
+    ]
+
+
+def _check_model(asked: str | None, served: str) -> None:
+    if asked not in (None, served):
+        raise ApiError(
+            404, f"there is no model {asked!r}; this server has {served!r}", param="model", code="model_not_found"
+        )
+
+
+@contextmanager
+def _naming(body: Sampling) -> Iterator[None]:
+    """What the engine refuses, under the name that the client knows."""
+    try:
+        yield
+    except UserError as error:
+        raise refused(error, body) from error

@@ -1,0 +1,78 @@
+"""The OpenAI routes on a free port, with the bundled model's engine in this process: what stands in for `EngineClient`."""
+
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+
+from engine import Engine
+from errors import UserError
+from serving.api_errors import ApiError, RequestFailed, error_response
+from serving.messages import Delta
+from serving.openai_api import Settings, router
+from serving.params import sampling_params
+
+
+class InProcess:
+    """Asks an engine of this process as `EngineClient` asks that of another."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    async def generate(
+        self,
+        rid: str,
+        prompt_ids: list[int],
+        params: dict[str, Any],
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[Delta]:
+        asked = sampling_params(params)
+        with self.engine.stream(prompt_ids, asked, request_id=rid, priority=priority, cache_salt=cache_salt) as stream:
+            async for d in stream:
+                if d.finish_reason == "error":
+                    raise d.error if isinstance(d.error, UserError) else RequestFailed(str(d.stop_reason))
+                yield Delta(
+                    rid=rid,
+                    index=d.index,
+                    text=d.text,
+                    token_ids=d.token_ids,
+                    logprobs=d.logprobs,
+                    finish_reason=d.finish_reason,
+                    stop_reason=d.stop_reason,
+                    prompt_tokens=d.prompt_tokens,
+                    cached_tokens=d.cached_tokens,
+                )
+
+
+def app_of(engine: Engine, **settings: Any) -> FastAPI:
+    app = FastAPI()
+    known = Settings(model="folio-tiny", max_model_len=engine.max_model_len, **settings)
+    app.include_router(router(InProcess(engine), engine.tokenizer, known))
+
+    async def answer(request: Request, error: Exception):
+        return error_response(error)
+
+    for kind in (ApiError, UserError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+    return app
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """-> the address, while it is served."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
