@@ -14,8 +14,9 @@ from engine import Engine
 from errors import UserError
 from serving.api_errors import ApiError, RequestFailed, error_response
 from serving.messages import Delta
-from serving.openai_api import Settings, router
+from serving.openai_api import Client, Settings, router
 from serving.params import sampling_params
+from tokenizer import Tokenizer
 
 
 class InProcess:
@@ -51,10 +52,24 @@ class InProcess:
                 )
 
 
-def app_of(engine: Engine, **settings: Any) -> FastAPI:
+class Scripted:
+    """Says the same text to everybody, letter by letter, and then maybe fails."""
+
+    def __init__(self, text: str, error: Exception | None = None):
+        self.text, self.error = text, error
+
+    async def generate(self, rid: str, prompt_ids: list[int], params: dict[str, Any], **_: Any) -> AsyncIterator[Delta]:
+        for letter in self.text:
+            yield Delta(rid=rid, index=0, text=letter, token_ids=[5], prompt_tokens=len(prompt_ids))
+        if self.error is not None:
+            raise self.error
+        yield Delta(rid=rid, index=0, text="", token_ids=[2], finish_reason="stop", stop_reason=2)
+
+
+def app_of(client: Client, tokenizer: Tokenizer, max_model_len: int = 512, **settings: Any) -> FastAPI:
     app = FastAPI()
-    known = Settings(model="folio-tiny", max_model_len=engine.max_model_len, **settings)
-    app.include_router(router(InProcess(engine), engine.tokenizer, known))
+    known = Settings(model="folio-tiny", max_model_len=max_model_len, **settings)
+    app.include_router(router(client, tokenizer, known))
 
     async def answer(request: Request, error: Exception):
         return error_response(error)

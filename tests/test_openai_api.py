@@ -6,14 +6,17 @@ python -m pytest tests/test_openai_api.py
 import asyncio
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
 import pytest
-from openai_server import app_of, served
+from openai_server import InProcess, Scripted, app_of, served
 from pydantic import BaseModel
 
 from engine import Engine, SamplingParams
+from serving.api_errors import RequestFailed
 
 TINY = Path(__file__).parent.parent / "assets" / "folio-tiny"
 MODEL = "folio-tiny"
@@ -45,7 +48,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def url(engine):
-    with served(app_of(engine)) as address:
+    with served(app_of(InProcess(engine), engine.tokenizer, engine.max_model_len)) as address:
         yield address + "/v1"
 
 
@@ -384,3 +387,46 @@ def test_a_client_that_leaves_a_stream_is_aborted(client, engine, prompt):
         next(stream)
     wait_until_idle(engine)
     assert engine.steps - before < room / 2
+
+
+# ---- what a model would say that has learnt to think
+
+
+@contextmanager
+def saying(engine, text: str, error: Exception | None = None, **settings) -> Iterator[openai.OpenAI]:
+    app = app_of(Scripted(text, error), engine.tokenizer, **settings)
+    with served(app) as address, openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_thought_answer_and_call_come_apart(engine):
+    text = "<think>\nHm.\n</think>\n\nLet me see.\n"
+    text += '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    asked = dict(model=MODEL, messages=OSLO, tools=[WEATHER])
+    with saying(engine, text, reasoning_parser="qwen3") as client:
+        message = client.chat.completions.create(**asked).choices[0].message
+        deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert (message.reasoning_content, message.content) == ("Hm.", "Let me see.")
+    assert message.tool_calls[0].function.arguments == '{"city": "Oslo"}'
+    assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == "Hm."
+    assert "".join(delta.content or "" for delta in deltas) == "Let me see."
+    assert "".join(call.function.arguments for delta in deltas for call in delta.tool_calls or ()) == '{"city": "Oslo"}'
+
+
+def test_without_a_parser_thoughts_are_text(engine):
+    with saying(engine, "<think>Hm.</think>Yes.") as client:
+        message = client.chat.completions.create(model=MODEL, messages=OSLO).choices[0].message
+    assert message.content == "<think>Hm.</think>Yes." and not hasattr(message, "reasoning_content")
+
+
+def test_what_breaks_is_told_by_status_or_inside_the_stream(engine):
+    with saying(engine, "", RequestFailed("lost")) as client, pytest.raises(openai.InternalServerError, match="lost"):
+        client.chat.completions.create(model=MODEL, messages=OSLO, stream=True)
+    with saying(engine, "So f", RequestFailed("lost")) as client:
+        with pytest.raises(openai.InternalServerError, match="lost"):
+            client.chat.completions.create(model=MODEL, messages=OSLO)
+        heard = ""
+        with pytest.raises(openai.APIError, match="lost"):
+            for chunk in client.chat.completions.create(model=MODEL, messages=OSLO, stream=True):
+                heard += chunk.choices[0].delta.content or ""
+        assert heard == "So f"
