@@ -1,6 +1,6 @@
 """The routes of the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
 
-    app.include_router(router(client, tokenizer, Settings(model="folio-tiny")))
+    app.include_router(router(client, tokenizer, settings))
 
 A request becomes one or more prompts for the engine, whose deltas come back in whatever order; a stream passes on what each brings
 (serving/openai_answers.py), and an answer that is not streamed is the sum of the same. What is refused before the first token is an
@@ -11,11 +11,12 @@ error with a status; after it, an `error` in the stream.
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import APIRouter
@@ -32,11 +33,13 @@ from serving.openai_route import NamingRoute
 from serving.openai_shapes import ChatCompletion, Completion, Model, Models
 from tokenizer import Tokenizer
 
-MAX_CHOICES = 1024  # prompts x n of one request
+log = logging.getLogger("uvicorn.error")
 
 
 class Client(Protocol):
     """What is needed of the engine: `serving.client.EngineClient`, or a stand-in."""
+
+    model: Any  # its max_model_len
 
     def generate(
         self,
@@ -47,18 +50,16 @@ class Client(Protocol):
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> AsyncIterator[Delta]:
-        """The deltas of params["n"] samples; closing it aborts. Raises UserError or ApiError for what fails."""
+        """The deltas of params["n"] samples; closing it aborts. What fails raises UserError or ApiError, at once or later."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """model: the name that clients know it by. The parsers: as `serving.chat.Chats` takes them."""
+class Settings(Protocol):
+    """What is needed of the server's settings. The parsers: as `serving.chat.Chats` takes them."""
 
-    model: str
-    max_model_len: int
-    tool_call_parser: str | None = None
-    reasoning_parser: str = "off"
-    created: int = field(default_factory=lambda: int(time.time()))
+    served_model_name: str
+    max_prompts: int  # of one request
+    tool_call_parser: str | None
+    reasoning_parser: str
 
 
 @dataclass(frozen=True)
@@ -74,49 +75,42 @@ def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRoute
     """The routes, for an app that renders ApiError. UserError for a parser that there is not."""
     routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=NamingRoute)
     chats = Chats(tokenizer, settings.tool_call_parser, settings.reasoning_parser)
-    model: Model = {
-        "id": settings.model,
-        "object": "model",
-        "created": settings.created,
-        "owned_by": "folio",
-        "max_model_len": settings.max_model_len,
-    }
+    name, created = settings.served_model_name, int(time.time())
+
+    def model() -> Model:
+        length = client.model.max_model_len
+        return {"id": name, "object": "model", "created": created, "owned_by": "folio", "max_model_len": length}
 
     @routes.post("/chat/completions", responses={200: {"model": ChatCompletion}}, response_class=Response)
     async def chat_completions(body: ChatRequest) -> Response:
-        _check_model(body.model, settings.model)
+        _check_model(body.model, name)
         with _naming(body):
             prompt = await run_in_threadpool(chats.prompt, body)
         id = body.rid or f"chatcmpl-{uuid.uuid4().hex}"
         choices = [ChatChoice(i, chats, prompt) for i in range(body.n or 1)]
-        answer = Answer("chat.completion", id, settings.model, body, choices)
+        answer = Answer("chat.completion", id, name, body, choices)
         return await answer.respond(client, [Job(id, prompt.ids, prompt.params)])
 
     @routes.post("/completions", responses={200: {"model": Completion}}, response_class=Response)
     async def completions(body: CompletionRequest) -> Response:
-        _check_model(body.model, settings.model)
+        _check_model(body.model, name)
         id = body.rid or f"cmpl-{uuid.uuid4().hex}"
         with _naming(body):
-            prompts = await run_in_threadpool(_encoded, body, tokenizer)
-        n = body.n or 1
-        if len(prompts) * n > MAX_CHOICES:
-            raise ApiError(
-                400, f"n is {n} for each of {len(prompts)} prompts; {MAX_CHOICES} texts are the limit", param="n"
-            )
-        params = body.params()
+            prompts = await run_in_threadpool(_encoded, body, tokenizer, settings.max_prompts)
+        n, params = body.n or 1, body.params()
         jobs = [Job(id if len(prompts) == 1 else f"{id}-{i}", ids, params) for i, (_, ids) in enumerate(prompts)]
         echoes = [text if body.echo else "" for text, _ in prompts for _ in range(n)]
         choices = [CompletionChoice(i, tokenizer, echo) for i, echo in enumerate(echoes)]
-        return await Answer("text_completion", id, settings.model, body, choices).respond(client, jobs)
+        return await Answer("text_completion", id, name, body, choices).respond(client, jobs)
 
     @routes.get("/models", responses={200: {"model": Models}})
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [model()]})
 
-    @routes.get("/models/{name:path}", responses={200: {"model": Model}})
-    async def one_model(name: str) -> JSONResponse:
-        _check_model(name, settings.model)
-        return JSONResponse(model)
+    @routes.get("/models/{asked:path}", responses={200: {"model": Model}})
+    async def one_model(asked: str) -> JSONResponse:
+        _check_model(asked, name)
+        return JSONResponse(model())
 
     return routes
 
@@ -171,10 +165,9 @@ async def _events(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) 
             async for chunk in chunks:
                 yield _event(chunk)
         except Exception as error:
-            known = api_error(error)
-            yield _event(known.body())
-            if known.status == 500:
-                raise  # a bug of ours: for the log
+            if not isinstance(error, ApiError):
+                log.exception("a stream has failed")
+            yield _event(api_error(error).body())
             return
         yield "data: [DONE]\n\n"
 
@@ -185,52 +178,59 @@ def _event(content: dict[str, Any]) -> str:
 
 async def _deltas(client: Client, jobs: Sequence[Job], body: Sampling) -> AsyncIterator[tuple[int, Delta]]:
     """The deltas of all jobs as they come, each with the number of its job. Closing it closes them all."""
-    streams = [
-        client.generate(job.rid, job.prompt_ids, job.params, priority=body.priority or 0, cache_salt=body.cache_salt)
-        for job in jobs
-    ]
+    async with AsyncExitStack() as open_streams:
+        streams = []
+        for job in jobs:
+            stream = client.generate(
+                job.rid, job.prompt_ids, job.params, priority=body.priority or 0, cache_salt=body.cache_salt
+            )
+            streams.append(await open_streams.enter_async_context(aclosing(stream)))
+        async with aclosing(merged(streams)) as deltas:
+            async for number, delta in deltas:
+                yield number, delta
+
+
+async def merged(streams: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
+    """What several streams bring, as it comes, each with the number of its stream."""
     if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for delta in stream:
-                yield 0, delta
+        async for delta in streams[0]:
+            yield 0, delta
         return
-    arrived: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
 
     async def forward(number: int, stream: AsyncIterator[Delta]) -> None:
         end = None
         try:
-            async with aclosing(stream):
-                async for delta in stream:
-                    arrived.put_nowait((number, delta))
+            async for delta in stream:
+                arrived.put_nowait((number, delta))
         except Exception as error:
             end = error
-        finally:
-            arrived.put_nowait((number, end))
+        arrived.put_nowait((number, end))
 
     tasks = [asyncio.create_task(forward(i, stream)) for i, stream in enumerate(streams)]
     try:
         going = len(tasks)
         while going:
             number, delta = await arrived.get()
-            if isinstance(delta, Delta):
-                yield number, delta
-            elif delta is not None:
+            if isinstance(delta, Exception):
                 raise delta
-            else:
+            if delta is None:
                 going -= 1
+            else:
+                yield number, delta
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)  # before their streams are closed
 
 
-def _encoded(body: CompletionRequest, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+def _encoded(body: CompletionRequest, tokenizer: Tokenizer, most: int) -> list[tuple[str, list[int]]]:
     """Each prompt as text and ids; the text of ids only if it is to be echoed."""
     return [
         (prompt, tokenizer.encode(prompt))
         if isinstance(prompt, str)
         else (tokenizer.decode(prompt) if body.echo else "", prompt)
-        for prompt in body.prompts()
+        for prompt in body.prompts(most)
     ]
 
 

@@ -20,7 +20,6 @@ MAX_TEXT_FIELD = 256  # characters of a request id, a salt, a name
 MAX_STOP_LENGTH = 1024  # characters of a stop string: what may become one is held back
 MAX_LIST = 1024  # stop strings, stop ids, choices; what the engine allows is less, and said by it
 MAX_MESSAGES = 8192
-MAX_PROMPTS = 1024
 MAX_TOOLS = 128
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions; a chat may fill the context
 
@@ -254,13 +253,13 @@ class CompletionRequest(Sampling):
         params["logprobs"] = self.logprobs
         return params
 
-    def prompts(self) -> list[str | list[int]]:
+    def prompts(self, most: int) -> list[str | list[int]]:
         """One or many, as a list. ApiError if there are none, or too many."""
         prompt = self.prompt
         one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
         prompts = [prompt] if one else prompt
-        if not 1 <= len(prompts) <= MAX_PROMPTS:
-            raise ApiError(400, f"prompt has {len(prompts)} prompts; 1 to {MAX_PROMPTS} are allowed", param="prompt")
+        if not 1 <= len(prompts) <= most:
+            raise ApiError(400, f"prompt has {len(prompts)} prompts; 1 to {most} are allowed", param="prompt")
         return prompts
 
 

@@ -4,6 +4,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -14,7 +15,7 @@ from engine import Engine
 from errors import UserError
 from serving.api_errors import ApiError, RequestFailed, error_response
 from serving.messages import Delta
-from serving.openai_api import Client, Settings, router
+from serving.openai_api import Client, router
 from serving.params import sampling_params
 from tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ class InProcess:
     """Asks an engine of this process as `EngineClient` asks that of another."""
 
     def __init__(self, engine: Engine):
-        self.engine = engine
+        self.engine = self.model = engine
 
     async def generate(
         self,
@@ -66,10 +67,17 @@ class Scripted:
         yield Delta(rid=rid, index=0, text="", token_ids=[2], finish_reason="stop", stop_reason=2)
 
 
-def app_of(client: Client, tokenizer: Tokenizer, max_model_len: int = 512, **settings: Any) -> FastAPI:
+@dataclass(frozen=True)
+class Settings:
+    served_model_name: str = "folio-tiny"
+    max_prompts: int = 16
+    tool_call_parser: str | None = None
+    reasoning_parser: str = "off"
+
+
+def app_of(client: Client, tokenizer: Tokenizer, **settings: Any) -> FastAPI:
     app = FastAPI()
-    known = Settings(model="folio-tiny", max_model_len=max_model_len, **settings)
-    app.include_router(router(client, tokenizer, known))
+    app.include_router(router(client, tokenizer, Settings(**settings)))
 
     async def answer(request: Request, error: Exception):
         return error_response(error)

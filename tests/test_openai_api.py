@@ -48,7 +48,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def url(engine):
-    with served(app_of(InProcess(engine), engine.tokenizer, engine.max_model_len)) as address:
+    with served(app_of(InProcess(engine), engine.tokenizer)) as address:
         yield address + "/v1"
 
 

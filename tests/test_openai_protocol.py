@@ -40,7 +40,7 @@ def client():
 
     @routes.post("/completion")
     def take_completion(body: CompletionRequest) -> dict:
-        return body.params() | {"prompts": len(body.prompts())}
+        return body.params() | {"prompts": len(body.prompts(1000))}
 
     async def answer(request: Request, error: Exception):
         return error_response(error)

@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs" / "server.md").read_text(encoding="utf-8").partition("## T
 @pytest.fixture(scope="module")
 def url():
     engine = Engine.from_pretrained(ROOT / "assets" / "folio-tiny", dtype="float32")
-    with served(app_of(InProcess(engine), engine.tokenizer, engine.max_model_len)) as address:
+    with served(app_of(InProcess(engine), engine.tokenizer)) as address:
         yield address
 
 
