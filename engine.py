@@ -27,6 +27,7 @@ from typing import Any
 
 from torch import Tensor
 
+import readings
 from cache.pages import PagePool
 from cache.radix import EVICTION
 from checkpoint import Checkpoint, load
@@ -210,6 +211,14 @@ class Engine:
                 self._abort_soon(group)
         return [group.output() for group in groups]
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: str = "mean") -> list[list[float]]:
+        """What the model makes of each prompt: its hidden states [hidden], the mean of all tokens or that of the last."""
+        outputs = [out.outputs[0] for out in self.generate(prompts, SamplingParams(pooling=pooling))]
+        for output in outputs:
+            if output.finish_reason != "stop":
+                raise EngineFailed(str(output.stop_reason))
+        return [output.embedding for output in outputs]
+
     def stream(
         self,
         prompt: Prompt,
@@ -281,6 +290,8 @@ class Engine:
     def commit(self, batch: Batch, results: StepResults) -> None:
         """Take the results of a step; the loop calls this."""
         now = time.perf_counter()
+        if results.read:
+            readings.take(batch, results.read)
         taken = self.scheduler.commit(batch, results.tokens, results.finite)
         for i in taken:
             self._take_token(batch.requests[i], results.tokens[i], results.logprobs[i], now)
@@ -332,6 +343,10 @@ class Engine:
             return
         group = self._live[request]
         text, ended = group.texts[request.index], request.finish_reason
+        if request.params.pooling is not None:  # the token comes with the forward, and is nobody's
+            request.finish_reason, request.stop_reason = "stop", None
+            self._emit(request, [])
+            return
         if ended in (None, "length"):  # the token of a stop id is not text
             text.add(token, may_stop=request.new_tokens >= request.params.min_new_tokens)
         if ended is not None:
@@ -360,10 +375,13 @@ class Engine:
             return
         text, reason = group.texts[request.index].take(), request.finish_reason
         logprobs = None if request.params.logprobs is None else request.logprobs[len(request.logprobs) - len(ids) :]
-        cached = request.metrics.cached_tokens
         delta = Delta(
-            group.id, request.index, text, ids, reason, request.stop_reason, logprobs, request.num_prompt, cached, error
-        )
+            group.id, request.index, text, ids, reason, request.stop_reason, logprobs, request.num_prompt,
+            request.metrics.cached_tokens, error=error,
+        )  # fmt: skip
+        if request.reading is not None and request.new_tokens and not request.reading.told:
+            request.reading.told = True
+            delta.prompt_logprobs, delta.embedding = request.prompt_logprobs, request.embedding
         self._deltas.append(delta)
         if reason is not None:
             del self._live[request]

@@ -49,11 +49,13 @@ class Group:
                 stop_reason=r.stop_reason,
                 logprobs=r.logprobs if r.params.logprobs is not None else None,
                 parsed=parsed(r, text.text),
+                embedding=r.embedding,
                 metrics=r.metrics,
             )
             for r, text in zip(self.requests, self.texts, strict=True)
         ]
-        return RequestOutput(self.id, self.prompt, self.requests[0].prompt_ids, completions)
+        first = self.requests[0]
+        return RequestOutput(self.id, self.prompt, first.prompt_ids, completions, first.prompt_logprobs)
 
 
 class Intake:
@@ -78,7 +80,7 @@ class Intake:
     ) -> Group:
         """The n requests of one prompt. UserError if they cannot be served."""
         ids = self._encode(prompt)
-        new = self._new_tokens(len(ids), params.max_new_tokens)
+        new = self._new_tokens(len(ids), params.max_new_tokens if params.pooling is None else 1)
         check_ids("prompt", ids, self.vocab_size)
         check_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)
         check_ids("logit_bias", params.logit_bias, self.vocab_size)

@@ -75,6 +75,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
     parsed: Any = None  # an object, where json_schema is a pydantic model and the text is whole
+    embedding: list[float] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 
@@ -86,6 +87,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None  # of all tokens but the first
 
 
 @dataclass
@@ -101,4 +103,6 @@ class Delta:
     logprobs: list[TokenLogprob] | None = None  # of token_ids, if they were asked for
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of those: found in the tree
+    prompt_logprobs: list[TokenLogprob] | None = None  # with the first token, if they were asked for
+    embedding: list[float] | None = None  # instead of all tokens, if it was asked for
     error: BaseException | None = None  # that ended it, if it was one; a UserError: what was asked for was refused

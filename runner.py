@@ -19,7 +19,7 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import readings
 from device import Pending, from_host, open_stream
 from graphs import Recorder, Replay, buckets, recorder
 from kernels.dispatch import choose_backend
@@ -37,7 +38,7 @@ from machine import cache_dir
 from model import Transformer
 from scheduler.batch import Batch, Changes
 from scheduler.request import Request, SamplingParams, TokenLogprob
-from step import Inputs, choose, decode, extend
+from step import Inputs, choose, decode, extend, hidden_states
 
 INDUCTOR_CACHE_DIR = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # the user's; torch soon sets one of its own
 COMPILE_MODES = {"default": {}, "max-autotune": {"max_autotune": True}}
@@ -53,6 +54,7 @@ class StepResults:
     finite: list[bool]  # False where the logits were NaN or infinite
     logprobs: list[TokenLogprob | None]
     span: tuple[float, float]  # when it ran, in seconds of `time.perf_counter`
+    read: list[Tensor] = field(default_factory=list)  # what `readings.read` has of the prompts
 
 
 class Runner:
@@ -150,6 +152,10 @@ class Runner:
             for dim in (0, 1):
                 will_change(dim, *tensors_in(inputs))
         n = min(len(rows), self.max_batch_size)  # an engine of one row leaves the padding out: one graph less to choose
+        if batch.reads:
+            hidden = hidden_states(self.model, self.kv, self.state, inputs)
+            self._readings = readings.read(self.model, batch, hidden)
+            return self.model.logits(hidden[inputs.last[:n]]), rows[:n]
         return self.extend(self.model, self.kv, self.state, inputs)[:n], rows[:n]
 
     def replay(self, batch: Batch, kind: str) -> list[Tensor] | None:
@@ -167,7 +173,8 @@ class Runner:
         return self.buckets[bisect_left(self.buckets, len(batch.requests))] if recorded else 0
 
     def finish(self, batch: Batch, logits: Tensor, tokens: Tensor, finite: Tensor) -> list[Tensor]:
-        return [tokens, finite, *(logprobs(logits, tokens) if batch.logprobs else ())]
+        details = logprobs(logits, tokens) if batch.logprobs else ()
+        return [tokens, finite, *details, *(self._readings if batch.reads else ())]
 
     def columns(self, longest: int) -> Tensor:
         """The page table as far as sequences of that length need it; torch.compile would make a constant of a size of 1."""
@@ -324,8 +331,12 @@ class LaunchedStep:
         """Wait for the results: tokens, whether their logits were finite, logprobs where they were asked for."""
         requests = self._batch.requests
         self._first.result()  # of a masked batch: raises what the forward has raised
-        tokens, finite, *details = (t.tolist()[: len(requests)] for t in self.pending.result())
-        results = StepResults(tokens, finite, [None] * len(requests), (self._first.span()[0], self.pending.span()[1]))
+        tensors, read = self.pending.result(), []
+        if self._batch.reads:
+            tensors, read = tensors[: -readings.TENSORS], tensors[-readings.TENSORS :]
+        tokens, finite, *details = (t.tolist()[: len(requests)] for t in tensors)
+        span = self._first.span()[0], self.pending.span()[1]
+        results = StepResults(tokens, finite, [None] * len(requests), span, read)
         for i, request in enumerate(requests if details else ()):
             most = request.params.logprobs
             if most is not None and self._batch.samples[i]:

@@ -32,8 +32,13 @@ class Inputs:
 
 def extend(model: Transformer, kv: KVCache, state: SamplingTensors, inputs: Inputs) -> Tensor:
     """-> the logits of each sequence's last token [B, V]."""
+    return model.logits(hidden_states(model, kv, state, inputs)[inputs.last])
+
+
+def hidden_states(model: Transformer, kv: KVCache, state: SamplingTensors, inputs: Inputs) -> Tensor:
+    """-> those of all tokens [T, hidden]."""
     ids = torch.where(inputs.ids < 0, state.last_token[(-inputs.ids).clamp(min=0)], inputs.ids)
-    return model.logits(model(ids, inputs.layout, kv)[inputs.last])
+    return model(ids, inputs.layout, kv)
 
 
 def decode(

@@ -42,6 +42,12 @@ class Batch:
         return any(r.params.logprobs is not None for r in self.requests)
 
     @property
+    def reads(self) -> bool:
+        """Does somebody want to know more of a prompt than what comes after it?"""
+        chunks = zip(self.requests[self.decodes :], self.starts[self.decodes :], strict=True)
+        return any(r.reading is not None and start < r.num_prompt for r, start in chunks)
+
+    @property
     def greedy(self) -> bool:
         """Is an argmax over the bare logits all that its requests ask for, those included whose turn to sample is to come?
 

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from cache.radix import Namespace, Node
 from errors import UserError
@@ -44,6 +44,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: no logprobs; n: of the chosen token and the n likeliest
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, but for the first
+    pooling: Literal["mean", "last"] | None = None  # no text, but the hidden states of the prompt as one
     skip_special_tokens: bool = True
     json_schema: str | bool | dict[str, Any] | type | None = (
         None  # text, dict or pydantic model; at most one of these six
@@ -58,7 +60,7 @@ class SamplingParams:
     allowed_tokens_fn: Callable[[list[int]], Sequence[int]] | None = None  # prompt + output ids -> what may come next
 
     def __post_init__(self) -> None:
-        for name in ("n", "top_k", "seed", "max_new_tokens", "min_new_tokens", "logprobs"):
+        for name in ("n", "top_k", "seed", "max_new_tokens", "min_new_tokens", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise UserError(f"{name} is {value!r}; it must be a whole number")
@@ -79,8 +81,13 @@ class SamplingParams:
         _in_range("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens or MAX_INT)
         if self.seed is not None:
             _in_range("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            _in_range("logprobs", self.logprobs, 0, TOP_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _in_range(name, getattr(self, name), 0, TOP_LOGPROBS)
+        if self.pooling not in (None, "mean", "last"):
+            raise UserError(f"pooling is {self.pooling!r}; it must be mean or last")
+        if self.pooling is not None and self.n > 1:
+            raise UserError(f"n is {self.n}; with pooling there is one result")
         if len(self.logit_bias) > MAX_BIAS:
             raise UserError(f"logit_bias has {len(self.logit_bias)} entries; {MAX_BIAS} is the limit")
         for value in self.logit_bias.values():
@@ -92,6 +99,11 @@ class SamplingParams:
             raise UserError(f"stop has a string of {longest} characters; {MAX_STOP_CHARS} is the limit")
         if "" in self.stop:
             raise UserError("stop has an empty string, which would end every text at once")
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Is something of every token of the prompt wanted? Then none of it may come from the cache."""
+        return self.prompt_logprobs is not None or self.pooling == "mean"
 
     @property
     def greedy(self) -> bool:
@@ -132,6 +144,20 @@ class TokenLogprob:
 
 
 @dataclass
+class Reading:
+    """What a request has read of its own prompt so far (readings.py)."""
+
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position
+    sum: list[float] = field(default_factory=list)  # of hidden states
+    told: bool = False  # whoever waits has been told
+
+    def add(self, start: int, hidden: list[float], pooling: str) -> None:
+        """The sum over a chunk that begins at `start`; a prompt that begins again, after a preemption, forgets what it had."""
+        again = start == 0 or pooling == "last"
+        self.sum = hidden if again else [a + b for a, b in zip(self.sum, hidden, strict=True)]
+
+
+@dataclass
 class RequestMetrics:
     """When things happened to a request, in seconds of `time.perf_counter`, and what it cost. Names as in vLLM."""
 
@@ -158,8 +184,8 @@ class Request:
 
     __slots__ = (
         "arrival", "computed", "constraint", "finish_reason", "id", "in_flight", "index", "last", "leader", "logprobs",
-        "max_new_tokens", "metrics", "namespace", "node", "num_prompt", "pages", "params", "passed_over", "priority", "row",
-        "seed", "shared", "state", "stop_ids", "stop_reason", "tokens",
+        "max_new_tokens", "metrics", "namespace", "node", "num_prompt", "pages", "params", "passed_over", "priority", "reading",
+        "row", "seed", "shared", "state", "stop_ids", "stop_reason", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -196,6 +222,8 @@ class Request:
         self.arrival = 0  # the order in which the scheduler saw it
         self.passed_over = 0  # times that a later one was admitted while this was the oldest
         self.logprobs: list[TokenLogprob] = []
+        wanted = params.pooling is not None or params.prompt_logprobs is not None
+        self.reading = Reading() if wanted and leader is None else None
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None  # the stop id or string, or the error
         self.metrics = RequestMetrics()
@@ -207,6 +235,26 @@ class Request:
     @property
     def output_ids(self) -> list[int]:
         return self.tokens[self.num_prompt :].tolist()
+
+    @property
+    def is_private(self) -> bool:
+        """Does it compute all of its prompt, whatever is cached, and leave nothing behind?"""
+        return self.reading is not None and self.params.reads_whole_prompt
+
+    @property
+    def embedding(self) -> list[float] | None:
+        """The pooled hidden states of the prompt [hidden], once they are all there."""
+        if self.params.pooling is None or not self.new_tokens:
+            return None
+        count = self.num_prompt if self.params.pooling == "mean" else 1
+        return [x / count for x in self.reading.sum]
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """Of the prompt's tokens but the first, once they are all there."""
+        if self.reading is None or self.params.prompt_logprobs is None or not self.new_tokens:
+            return None
+        return [self.reading.logprobs[i] for i in range(1, self.num_prompt)]
 
     @property
     def new_tokens(self) -> int:

@@ -89,7 +89,9 @@ class Scheduler:
         self.refuse_if_too_large(request.num_prompt, request.max_new_tokens)
         self.arrivals += 1
         request.arrival = self.arrivals
-        if not self.radix:  # only the samples of one prompt share
+        if request.is_private:
+            request.namespace = ("private", request.arrival)
+        elif not self.radix:  # only the samples of one prompt share
             request.namespace = ("request", (request.leader or request).arrival)
         self.waiting.add(request)
 
@@ -326,7 +328,7 @@ class Scheduler:
         if whole:
             self.computing.pop(request, None)
         before = request.shared
-        if (self.radix or request.params.n > 1) and self._insert(request, computed):
+        if (self.radix or request.params.n > 1) and not request.is_private and self._insert(request, computed):
             self._changes.tables.append((request.row, before, request.pages[before : request.shared]))
 
     def _insert(self, request: Request, computed: int) -> bool:
@@ -357,7 +359,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """The one place where row and pages are given back: full pages to the tree, the rest to the pool."""
-        if self.radix:
+        if self.radix and not request.is_private:
             self._insert(request, min(request.computed, len(request.tokens)))
         self.tree.unlock(request.node)
         self.pool.free(request.pages[request.shared :])

@@ -125,6 +125,8 @@ class Delta(Message):
     stop_reason: int | str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None  # with the first token
+    embedding: list[float] | None = None
     type: Literal["delta"] = "delta"
 
 

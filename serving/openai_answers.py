@@ -5,8 +5,13 @@ An answer has a choice for each sample of each prompt; `feed` takes a delta of o
     python -m pytest tests/test_openai_api.py
 """
 
+import base64
+import math
+import sys
 import time
+from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from scheduler.request import TokenLogprob
@@ -128,11 +133,11 @@ class ChatChoice:
 
 
 class CompletionChoice:
-    """One completion, as it comes. echo: the prompt's text, if it is to come first."""
+    """One completion, as it comes. echo: the prompt's text, if it is to come first; first_id: of its tokens."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, echo: str = ""):
+    def __init__(self, index: int, tokenizer: Tokenizer, echo: str = "", first_id: int = 0):
         self.index = index
-        self._tokenizer, self._echo = tokenizer, echo
+        self._tokenizer, self._echo, self._first_id = tokenizer, echo, first_id
         self._text, self._finish_reason = "", None
         self._offset = len(echo)
         self._logprobs: CompletionLogprobs | None = None
@@ -144,6 +149,11 @@ class CompletionChoice:
         if delta.logprobs is not None:
             logprobs = completion_logprobs(self._tokenizer, said(delta), self._offset)
             self._offset += sum(map(len, logprobs["tokens"]))
+            if delta.prompt_logprobs is not None:
+                echoed = completion_logprobs(self._tokenizer, [self._first_id, *delta.prompt_logprobs], 0)
+                most = len(text) - len(delta.text)  # what begins a prompt may have no text in it
+                echoed["text_offset"] = [min(at, most) for at in echoed["text_offset"]]
+                logprobs = {name: values + logprobs[name] for name, values in echoed.items()}
             self._keep(logprobs)
         self._text += text
         self._finish_reason = delta.finish_reason
@@ -171,6 +181,24 @@ def said(delta: Delta) -> Sequence[TokenLogprob]:
     """The logprobs of what is text: the token that only ends a text is none."""
     ended_by_token = delta.finish_reason == "stop" and isinstance(delta.stop_reason, int)
     return delta.logprobs[:-1] if ended_by_token else delta.logprobs
+
+
+def silent(delta: Delta) -> Delta:
+    """The same without its token, of a request that has wanted none."""
+    end = delta.finish_reason and "length"
+    none = None if delta.logprobs is None else []
+    return replace(delta, text="", token_ids=[], logprobs=none, finish_reason=end, stop_reason=None)
+
+
+def embedding(values: list[float], as_base64: bool) -> list[float] | str:
+    """At length 1, as the OpenAI API has them."""
+    length = math.hypot(*values) or 1.0
+    unit = array("f", (x / length for x in values))
+    if not as_base64:
+        return unit.tolist()
+    if sys.byteorder == "big":
+        unit.byteswap()
+    return base64.b64encode(unit.tobytes()).decode()
 
 
 def envelope(kind: str, id: str, model: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The routes of the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
+"""The routes of the OpenAI API: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models.
 
     app.include_router(router(client, tokenizer, settings))
 
@@ -27,10 +27,10 @@ from errors import UserError
 from serving.api_errors import ApiError, api_error
 from serving.chat import Chats
 from serving.messages import Delta
-from serving.openai_answers import ChatChoice, CompletionChoice, Tally, envelope
-from serving.openai_protocol import ChatRequest, CompletionRequest, Sampling, refused
+from serving.openai_answers import ChatChoice, CompletionChoice, Tally, embedding, envelope, silent
+from serving.openai_protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, refused
 from serving.openai_route import NamingRoute
-from serving.openai_shapes import ChatCompletion, Completion, Model, Models
+from serving.openai_shapes import ChatCompletion, Completion, Embeddings, Model, Models
 from tokenizer import Tokenizer
 
 log = logging.getLogger("uvicorn.error")
@@ -99,9 +99,32 @@ def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRoute
             prompts = await run_in_threadpool(_encoded, body, tokenizer, settings.max_prompts)
         n, params = body.n or 1, body.params()
         jobs = [Job(id if len(prompts) == 1 else f"{id}-{i}", ids, params) for i, (_, ids) in enumerate(prompts)]
-        echoes = [text if body.echo else "" for text, _ in prompts for _ in range(n)]
-        choices = [CompletionChoice(i, tokenizer, echo) for i, echo in enumerate(echoes)]
+        choices = [
+            CompletionChoice(i * n + sample, tokenizer, text if body.echo else "", ids[0] if ids else 0)
+            for i, (text, ids) in enumerate(prompts)
+            for sample in range(n)
+        ]
         return await Answer("text_completion", id, name, body, choices).respond(client, jobs)
+
+    @routes.post("/embeddings", responses={200: {"model": Embeddings}}, response_class=Response)
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        _check_model(body.model, name)
+        id, tally = body.rid or f"embd-{uuid.uuid4().hex}", Tally()
+        with _naming(body):
+            prompts = await run_in_threadpool(_encoded, body, tokenizer, settings.max_prompts)
+            found: list[Any] = [None] * len(prompts)
+            jobs = [Job(f"{id}-{i}", ids, body.params()) for i, (_, ids) in enumerate(prompts)]
+            async with aclosing(_deltas(client, jobs, body)) as deltas:
+                async for job, delta in deltas:
+                    tally.add(job, delta)
+                    found[job] = delta.embedding
+        if None in found:
+            raise ApiError(499, "the request was aborted")
+        as_base64 = body.encoding_format == "base64"
+        data = [{"object": "embedding", "index": i, "embedding": embedding(x, as_base64)} for i, x in enumerate(found)]
+        count = tally.usage["prompt_tokens"]
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
     @routes.get("/models", responses={200: {"model": Models}})
     async def models() -> JSONResponse:
@@ -176,8 +199,11 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
-async def _deltas(client: Client, jobs: Sequence[Job], body: Sampling) -> AsyncIterator[tuple[int, Delta]]:
+async def _deltas(
+    client: Client, jobs: Sequence[Job], body: Sampling | EmbeddingRequest
+) -> AsyncIterator[tuple[int, Delta]]:
     """The deltas of all jobs as they come, each with the number of its job. Closing it closes them all."""
+    echo_only = isinstance(body, CompletionRequest) and body.echo_only
     async with AsyncExitStack() as open_streams:
         streams = []
         for job in jobs:
@@ -187,7 +213,7 @@ async def _deltas(client: Client, jobs: Sequence[Job], body: Sampling) -> AsyncI
             streams.append(await open_streams.enter_async_context(aclosing(stream)))
         async with aclosing(merged(streams)) as deltas:
             async for number, delta in deltas:
-                yield number, delta
+                yield number, silent(delta) if echo_only else delta
 
 
 async def merged(streams: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
@@ -224,12 +250,14 @@ async def merged(streams: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple
         await asyncio.gather(*tasks, return_exceptions=True)  # before their streams are closed
 
 
-def _encoded(body: CompletionRequest, tokenizer: Tokenizer, most: int) -> list[tuple[str, list[int]]]:
+def _encoded(
+    body: CompletionRequest | EmbeddingRequest, tokenizer: Tokenizer, most: int
+) -> list[tuple[str, list[int]]]:
     """Each prompt as text and ids; the text of ids only if it is to be echoed."""
     return [
         (prompt, tokenizer.encode(prompt))
         if isinstance(prompt, str)
-        else (tokenizer.decode(prompt) if body.echo else "", prompt)
+        else (tokenizer.decode(prompt) if getattr(body, "echo", False) else "", prompt)
         for prompt in body.prompts(most)
     ]
 
@@ -242,7 +270,7 @@ def _check_model(asked: str | None, served: str) -> None:
 
 
 @contextmanager
-def _naming(body: Sampling) -> Iterator[None]:
+def _naming(body: Sampling | EmbeddingRequest) -> Iterator[None]:
     """What the engine refuses, under the name that the client knows."""
     try:
         yield

@@ -246,21 +246,59 @@ class CompletionRequest(Sampling):
     echo: StrictBool | None = None
     logprobs: Int | None = None
 
+    @model_validator(mode="after")
+    def _one_sample_of_an_echo(self) -> "CompletionRequest":
+        if self.echo and self.logprobs is not None and (self.n or 1) > 1:
+            raise ValueError("echo with logprobs is for one sample of each prompt: leave n out")
+        return self
+
     def params(self) -> dict[str, Any]:
         """As fields of SamplingParams, plain and fit for JSON."""
         params = sampling_params(self)
         params["max_new_tokens"] = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         params["logprobs"] = self.logprobs
+        if self.echo:
+            params["prompt_logprobs"] = self.logprobs
+        if self.echo_only:
+            params["max_new_tokens"] = 1  # which nobody gets to see
         return params
+
+    @property
+    def echo_only(self) -> bool:
+        """Is nothing wanted but the prompt, with its logprobs?"""
+        return bool(self.echo) and self.max_tokens == 0
 
     def prompts(self, most: int) -> list[str | list[int]]:
         """One or many, as a list. ApiError if there are none, or too many."""
-        prompt = self.prompt
-        one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
-        prompts = [prompt] if one else prompt
-        if not 1 <= len(prompts) <= most:
-            raise ApiError(400, f"prompt has {len(prompts)} prompts; 1 to {most} are allowed", param="prompt")
-        return prompts
+        return as_prompts("prompt", self.prompt, most)
+
+
+class EmbeddingRequest(Strict):
+    model: Text | None = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = None  # an extra: of all tokens (the default), or of the last one
+    user: Text | None = None
+    cache_salt: ShortText | None = None
+    priority: Int | None = None
+    rid: ShortText | None = None
+
+    def prompts(self, most: int) -> list[str | list[int]]:
+        """One or many, as a list. ApiError if there are none, or too many."""
+        return as_prompts("input", self.input, most)
+
+    def params(self) -> dict[str, Any]:
+        """As fields of SamplingParams, plain and fit for JSON."""
+        return {"pooling": self.pooling or "mean"}
+
+
+def as_prompts(field: str, prompt: Prompt, most: int) -> list[str | list[int]]:
+    """One or many, as a list. ApiError if there are none, or more than `most`."""
+    one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
+    prompts = [prompt] if one else prompt
+    if not 1 <= len(prompts) <= most:
+        raise ApiError(400, f"{field} has {len(prompts)} prompts; 1 to {most} are allowed", param=field)
+    return prompts
 
 
 SAME = (
@@ -325,7 +363,7 @@ def json_text(value: Any, field: str) -> str:
         raise ApiError(400, f"{field} cannot be used: {error}", param=field) from error
 
 
-def refused(error: UserError, body: Sampling) -> ApiError:
+def refused(error: UserError, body: Strict) -> ApiError:
     """What the engine says of a request, with the field that is to blame if its message begins with one."""
     message = str(error)
     word = re.match("[a-z_]*", message)[0]
@@ -333,7 +371,7 @@ def refused(error: UserError, body: Sampling) -> ApiError:
     return ApiError(400, message if field is None else field + message.removeprefix(word), param=field)
 
 
-def _blamed(word: str, body: Sampling) -> list[str]:
+def _blamed(word: str, body: Strict) -> list[str]:
     """The fields that may have brought what the engine calls by that name, the likeliest first."""
     fields = [ENGINE_NAMES.get(word, word), *(name for name, engine in CONSTRAINTS.items() if engine == word)]
     if word in ("json_schema", "structural_tag"):

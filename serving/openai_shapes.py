@@ -103,6 +103,24 @@ class Completion(TypedDict):
     usage: NotRequired[Usage | None]
 
 
+class Embedding(TypedDict):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str  # base64: of float32, little-endian
+
+
+class EmbeddingUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(TypedDict):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Model(TypedDict):
     id: str
     object: Literal["model"]

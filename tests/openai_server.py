@@ -50,6 +50,8 @@ class InProcess:
                     stop_reason=d.stop_reason,
                     prompt_tokens=d.prompt_tokens,
                     cached_tokens=d.cached_tokens,
+                    prompt_logprobs=d.prompt_logprobs,
+                    embedding=d.embedding,
                 )
 
 

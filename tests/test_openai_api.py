@@ -4,8 +4,11 @@ python -m pytest tests/test_openai_api.py
 """
 
 import asyncio
+import base64
 import json
+import math
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +138,68 @@ def test_logprobs_of_a_completion(client):
         assert choice.text[at : at + len(token)] == token
     for token, logprob, top in zip(given.tokens, given.token_logprobs, given.top_logprobs, strict=True):
         assert top[token] == logprob == max(top.values()) and len(top) == 2
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_an_echo(client, engine, max_tokens, stream):
+    text = "Once upon a time there was"
+    ids = engine.tokenizer.encode(text)
+    asked = dict(model=MODEL, prompt=[text, text], echo=True, logprobs=1, temperature=0, max_tokens=max_tokens)
+    asked |= dict(extra_body={"ignore_eos": True}, stream=stream)
+    answer = client.completions.create(**asked)
+    choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
+    scored = engine.generate([ids], SamplingParams(prompt_logprobs=0, max_new_tokens=1))[0].prompt_logprobs
+    for i in (0, 1):
+        mine = [choice for choice in choices if choice.index == i]
+        whole = "".join(choice.text for choice in mine)
+        assert whole.startswith(text) and (len(whole) == len(text)) == (max_tokens == 0)
+        assert mine[-1].finish_reason == "length"
+        given = {
+            field: [x for choice in mine if choice.logprobs for x in getattr(choice.logprobs, field)]
+            for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        assert {len(values) for values in given.values()} == {len(ids) + max_tokens}
+        assert given["token_logprobs"][0] is given["top_logprobs"][0] is None
+        assert given["token_logprobs"][1 : len(ids)] == pytest.approx([token.logprob for token in scored], abs=1e-4)
+        assert "".join(given["tokens"]) == whole
+        assert given["text_offset"] == [len("".join(given["tokens"][:n])) for n in range(len(given["tokens"]))]
+    if not stream:
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2 * len(ids), 2 * max_tokens)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("encoding", ["float", "base64", openai.NOT_GIVEN])
+def test_embeddings(client, engine, pooling, encoding):
+    texts = ["A dog.", "A cat sat on a mat."]
+    ids = [engine.tokenizer.encode(text) for text in texts]
+    extra = {"pooling": pooling}
+    answer = client.embeddings.create(model=MODEL, input=texts, encoding_format=encoding, extra_body=extra)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(map(len, ids))
+    for found, expected in zip(answer.data, engine.embed(ids, pooling), strict=True):
+        if encoding == "base64":
+            found.embedding = array("f", base64.b64decode(found.embedding)).tolist()
+        length = math.hypot(*expected)
+        assert found.embedding == pytest.approx([x / length for x in expected], abs=1e-5)
+    again = client.embeddings.create(model=MODEL, input=ids[0], encoding_format="float", extra_body=extra)
+    assert again.data[0].embedding == pytest.approx(
+        [x / math.hypot(*engine.embed([ids[0]], pooling)[0]) for x in engine.embed([ids[0]], pooling)[0]], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        (dict(input=""), None),
+        (dict(input=[]), "input"),
+        (dict(input="a", dimensions=8), "dimensions"),
+        (dict(input=[[99999]]), None),
+    ],
+)
+def test_what_cannot_be_embedded(client, asked, param):
+    with pytest.raises(openai.BadRequestError) as info:
+        client.embeddings.create(model=MODEL, **asked)
+    assert info.value.param == param
 
 
 def test_cached_tokens_are_told(client):
