@@ -5,7 +5,11 @@ app.py             the FastAPI application: routes, errors, the gate
 gate.py            in front of every route: key, body limit, deadline, clients that leave
 api_errors.py      every failure as the OpenAI API's error object
 native_api.py      the routes that SGLang has
-openai_api.py      the routes that OpenAI has
+openai_api.py      the routes that OpenAI has; openai_protocol.py: what they take; openai_answers.py, openai_shapes.py, logprobs.py:
+                   what they say; openai_route.py: how they refuse
+chat.py            a chat becomes a prompt, with what its answer must be
+tool_calls.py      calls out of a model's text
+reasoning.py       thoughts out of it
 metrics.py         /metrics
 params.py          sampling parameters as JSON
 

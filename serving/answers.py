@@ -96,4 +96,6 @@ def joined(deltas: list[Delta]) -> Delta:
         stop_reason=last.stop_reason,
         prompt_tokens=last.prompt_tokens,
         cached_tokens=last.cached_tokens,
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
+        embedding=last.embedding,
     )

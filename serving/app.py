@@ -17,14 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from errors import UserError
-from serving import native_api
+from serving import native_api, openai_api
 from serving.api_errors import ApiError, error_response
 from serving.client import EngineClient
 from serving.gate import Gate
 from serving.settings import Settings
 from tokenizer import Tokenizer
 
-ROUTERS = (native_api.router,)  # each takes (client, tokenizer, settings)
+ROUTERS = (native_api.router, openai_api.router)  # each takes (client, tokenizer, settings)
 
 
 def make_app(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> FastAPI:

@@ -160,6 +160,10 @@ def tell(delta: Delta) -> m.Delta | m.Error:
         stop_reason=delta.stop_reason,
         prompt_tokens=delta.prompt_tokens,
         cached_tokens=delta.cached_tokens,
+        prompt_logprobs=None
+        if delta.prompt_logprobs is None
+        else [_finite(logprob) for logprob in delta.prompt_logprobs],
+        embedding=delta.embedding,
     )
 
 

@@ -9,8 +9,6 @@ from scheduler.request import TokenLogprob
 from serving.openai_shapes import ChatLogprob, CompletionLogprobs, TopLogprob
 from tokenizer import Tokenizer
 
-LEAST = -9999.0  # of what could not come at all; JSON has no -inf, and the OpenAI API says it so
-
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob]) -> list[ChatLogprob]:
     return [
@@ -29,8 +27,8 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob | in
         known = not isinstance(token, int)
         text = _text(tokenizer, token.token_id if known else token)
         lists["tokens"].append(text)
-        lists["token_logprobs"].append(max(token.logprob, LEAST) if known else None)
-        top = {_text(tokenizer, id): max(logprob, LEAST) for id, logprob in token.top} if known else None
+        lists["token_logprobs"].append(token.logprob if known else None)
+        top = {_text(tokenizer, id): logprob for id, logprob in token.top} if known else None
         lists["top_logprobs"].append(top)
         lists["text_offset"].append(offset)
         offset += len(text)
@@ -40,7 +38,7 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob | in
 def _record(tokenizer: Tokenizer, id: int, logprob: float) -> TopLogprob:
     text = _text(tokenizer, id)
     whole = "\ufffd" not in text
-    return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(text.encode()) if whole else None}
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
 
 def _text(tokenizer: Tokenizer, id: int) -> str:

@@ -50,6 +50,11 @@ class SGLangParams(Params):
         values = {name: getattr(self, name) for name in self.model_fields_set}
         if "logprobs" in values:
             raise UserError("sampling_params.logprobs is not a field here; use return_logprob and top_logprobs_num")
+        for name in ("prompt_logprobs", "pooling"):
+            if name in values:
+                raise UserError(
+                    f"sampling_params.{name} is not a field here; /v1/completions and /v1/embeddings have it"
+                )
         if (seed := values.pop("sampling_seed", None)) is not None:
             values["seed"] = seed
         values.pop("no_stop_trim", None)

@@ -27,10 +27,12 @@ from errors import UserError
 from serving.api_errors import ApiError, api_error
 from serving.chat import Chats
 from serving.messages import Delta
+from serving.native_api import SSE
 from serving.openai_answers import ChatChoice, CompletionChoice, Tally, embedding, envelope, silent
 from serving.openai_protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, refused
 from serving.openai_route import NamingRoute
 from serving.openai_shapes import ChatCompletion, Completion, Embeddings, Model, Models
+from serving.settings import Settings
 from tokenizer import Tokenizer
 
 log = logging.getLogger("uvicorn.error")
@@ -51,15 +53,6 @@ class Client(Protocol):
         cache_salt: str | None = None,
     ) -> AsyncIterator[Delta]:
         """The deltas of params["n"] samples; closing it aborts. What fails raises UserError or ApiError, at once or later."""
-
-
-class Settings(Protocol):
-    """What is needed of the server's settings. The parsers: as `serving.chat.Chats` takes them."""
-
-    served_model_name: str
-    max_prompts: int  # of one request
-    tool_call_parser: str | None
-    reasoning_parser: str
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRoute
         with _naming(body):
             prompts = await run_in_threadpool(_encoded, body, tokenizer, settings.max_prompts)
         n, params = body.n or 1, body.params()
-        jobs = [Job(id if len(prompts) == 1 else f"{id}-{i}", ids, params) for i, (_, ids) in enumerate(prompts)]
+        jobs = _jobs(id, prompts, params)
         choices = [
             CompletionChoice(i * n + sample, tokenizer, text if body.echo else "", ids[0] if ids else 0)
             for i, (text, ids) in enumerate(prompts)
@@ -113,8 +106,7 @@ def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRoute
         with _naming(body):
             prompts = await run_in_threadpool(_encoded, body, tokenizer, settings.max_prompts)
             found: list[Any] = [None] * len(prompts)
-            jobs = [Job(f"{id}-{i}", ids, body.params()) for i, (_, ids) in enumerate(prompts)]
-            async with aclosing(_deltas(client, jobs, body)) as deltas:
+            async with aclosing(_deltas(client, _jobs(id, prompts, body.params()), body)) as deltas:
                 async for job, delta in deltas:
                     tally.add(job, delta)
                     found[job] = delta.embedding
@@ -153,7 +145,7 @@ class Answer:
         chunks = self._chunks(client, jobs)
         if self.body.stream:
             first = await anext(chunks)  # from now on the status is 200
-            return StreamingResponse(_events(first, chunks), media_type="text/event-stream")
+            return StreamingResponse(_events(first, chunks), media_type="text/event-stream", headers=SSE)
         async for _ in chunks:
             pass
         choices = [choice.whole() for choice in self.choices]
@@ -191,7 +183,6 @@ async def _events(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) 
             if not isinstance(error, ApiError):
                 log.exception("a stream has failed")
             yield _event(api_error(error).body())
-            return
         yield "data: [DONE]\n\n"
 
 
@@ -260,6 +251,11 @@ def _encoded(
         else (tokenizer.decode(prompt) if getattr(body, "echo", False) else "", prompt)
         for prompt in body.prompts(most)
     ]
+
+
+def _jobs(id: str, prompts: list[tuple[str, list[int]]], params: dict[str, Any]) -> list[Job]:
+    """One for each prompt; where there are several, they are numbered."""
+    return [Job(id if len(prompts) == 1 else f"{id}-{i}", ids, params) for i, (_, ids) in enumerate(prompts)]
 
 
 def _check_model(asked: str | None, served: str) -> None:

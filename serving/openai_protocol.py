@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 from errors import UserError
+from scheduler.request import MAX_SAMPLES
 from serving.api_errors import ApiError
+from serving.params import FirstOnly, few_fields
 
-MAX_TEXT_FIELD = 256  # characters of a request id, a salt, a name
-MAX_STOP_LENGTH = 1024  # characters of a stop string: what may become one is held back
+MAX_TEXT_FIELD = 256  # characters of a salt, a name
 MAX_LIST = 1024  # stop strings, stop ids, choices; what the engine allows is less, and said by it
 MAX_MESSAGES = 8192
 MAX_TOOLS = 128
@@ -44,13 +45,15 @@ Text = Annotated[str, AfterValidator(_unicode)]
 ShortText = Annotated[Text, Field(min_length=1, max_length=MAX_TEXT_FIELD)]
 Int = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]
 Float = Annotated[float, BeforeValidator(_number)]
-Stop = Annotated[Text, Field(max_length=MAX_STOP_LENGTH)]
 Schema = dict[str, Any] | StrictBool
-Prompt = Text | list[Text] | list[Int] | list[list[Int]]
+Texts = Annotated[list[Text], FirstOnly()]
+Ids = Annotated[list[Int], FirstOnly()]
+Prompt = Text | Texts | Ids | Annotated[list[Ids], FirstOnly()]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    _few = model_validator(mode="before")(few_fields)
 
 
 class StreamOptions(Strict):
@@ -81,14 +84,14 @@ class Sampling(Strict):
     """What every request for text may say. None is the same as not given."""
 
     model: Text | None = None
-    n: Annotated[Int, Field(ge=1)] | None = None
+    n: Annotated[Int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     temperature: Float | None = None
     top_p: Float | None = None
     frequency_penalty: Float | None = None
     presence_penalty: Float | None = None
-    logit_bias: Annotated[dict[str, Float], Field(max_length=MAX_LIST)] | None = None
+    logit_bias: Annotated[dict[str, Float], BeforeValidator(few_fields)] | None = None
     seed: Int | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_LIST)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_LIST), FirstOnly()] | None = None
     max_tokens: Int | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -100,15 +103,15 @@ class Sampling(Strict):
     repetition_penalty: Float | None = None
     min_tokens: Int | None = None
     ignore_eos: StrictBool | None = None
-    stop_token_ids: Annotated[list[Int], Field(max_length=MAX_LIST)] | None = None
+    stop_token_ids: Annotated[list[Int], Field(max_length=MAX_LIST), FirstOnly()] | None = None
     skip_special_tokens: StrictBool | None = None
     regex: Text | None = None
     ebnf: Text | None = None
-    choice: Annotated[list[Text], Field(max_length=MAX_LIST)] | None = None
+    choice: Annotated[list[Text], Field(max_length=MAX_LIST), FirstOnly()] | None = None
     structural_tag: Text | dict[str, Any] | None = None
     guided_json: Text | Schema | None = None
     guided_regex: Text | None = None
-    guided_choice: Annotated[list[Text], Field(max_length=MAX_LIST)] | None = None
+    guided_choice: Annotated[list[Text], Field(max_length=MAX_LIST), FirstOnly()] | None = None
     guided_grammar: Text | None = None
     json_finish: StrictBool | None = None
     disable_any_whitespace: StrictBool | None = None
@@ -154,7 +157,7 @@ class Message(Strict):
     """One message of a chat. What an answer's message has and a question cannot is taken if it is null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], FirstOnly()] | None = None
     name: ShortText | None = None
     reasoning_content: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
@@ -208,7 +211,7 @@ class ToolChoice(Strict):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FirstOnly()]
     max_completion_tokens: Int | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Int | None = None

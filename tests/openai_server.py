@@ -4,7 +4,6 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -14,9 +13,11 @@ from starlette.exceptions import HTTPException
 from engine import Engine
 from errors import UserError
 from serving.api_errors import ApiError, RequestFailed, error_response
-from serving.messages import Delta
+from serving.engine_process import tell
+from serving.messages import Delta, Error
 from serving.openai_api import Client, router
 from serving.params import sampling_params
+from serving.settings import Settings
 from tokenizer import Tokenizer
 
 
@@ -38,21 +39,10 @@ class InProcess:
         asked = sampling_params(params)
         with self.engine.stream(prompt_ids, asked, request_id=rid, priority=priority, cache_salt=cache_salt) as stream:
             async for d in stream:
-                if d.finish_reason == "error":
-                    raise d.error if isinstance(d.error, UserError) else RequestFailed(str(d.stop_reason))
-                yield Delta(
-                    rid=rid,
-                    index=d.index,
-                    text=d.text,
-                    token_ids=d.token_ids,
-                    logprobs=d.logprobs,
-                    finish_reason=d.finish_reason,
-                    stop_reason=d.stop_reason,
-                    prompt_tokens=d.prompt_tokens,
-                    cached_tokens=d.cached_tokens,
-                    prompt_logprobs=d.prompt_logprobs,
-                    embedding=d.embedding,
-                )
+                said = tell(d)
+                if isinstance(said, Error):
+                    raise UserError(said.message) if said.kind == "refused" else RequestFailed(said.message)
+                yield said
 
 
 class Scripted:
@@ -69,17 +59,9 @@ class Scripted:
         yield Delta(rid=rid, index=0, text="", token_ids=[2], finish_reason="stop", stop_reason=2)
 
 
-@dataclass(frozen=True)
-class Settings:
-    served_model_name: str = "folio-tiny"
-    max_prompts: int = 16
-    tool_call_parser: str | None = None
-    reasoning_parser: str = "off"
-
-
 def app_of(client: Client, tokenizer: Tokenizer, **settings: Any) -> FastAPI:
     app = FastAPI()
-    app.include_router(router(client, tokenizer, Settings(**settings)))
+    app.include_router(router(client, tokenizer, Settings("folio-tiny", max_prompts=16, **settings)))
 
     async def answer(request: Request, error: Exception):
         return error_response(error)

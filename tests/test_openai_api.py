@@ -17,6 +17,7 @@ import openai
 import pytest
 from openai_server import InProcess, Scripted, app_of, served
 from pydantic import BaseModel
+from server_process import running
 
 from engine import Engine, SamplingParams
 from serving.api_errors import RequestFailed
@@ -371,11 +372,12 @@ def test_with_tools_and_a_schema_the_answer_is_either(client):
         (dict(temperature=1000), "temperature", "temperature is 1000"),
         (dict(max_tokens=0), "max_tokens", "max_tokens is 0"),
         (dict(n=0), "n", "n: "),
-        (dict(n=1000), "n", "n is 1000; it must be between 1 and 128"),
+        (dict(n=129), "n", "n: Input should be less than or equal to 128"),
         (dict(max_tokens=10**6), None, "exceed the context"),
         (dict(logit_bias={"x": 1}), "logit_bias", "the key 'x'"),
         (dict(logit_bias={"99999": 1}), "logit_bias", "logit_bias has token id 99999"),
         (dict(stop=["a"] * 17), "stop", "16 is the limit"),
+        (dict(stop="a" * 300), "stop", "256 is the limit"),
         (dict(store=True), "store", "store is not supported"),
         (dict(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "x"}}), "tool_choice", "names 'x'"),
         (dict(response_format={"type": "json_object"}, extra_body={"regex": "a"}), "response_format", "one of them at most"),
@@ -495,3 +497,35 @@ def test_what_breaks_is_told_by_status_or_inside_the_stream(engine):
             for chunk in client.chat.completions.create(model=MODEL, messages=OSLO, stream=True):
                 heard += chunk.choices[0].delta.content or ""
         assert heard == "So f"
+
+
+# ---- the server itself
+
+
+def test_by_way_of_the_server_it_is_the_same(engine):
+    """Two processes, and everything that passes between them."""
+    asked = dict(model=MODEL, messages=OSLO, tools=[WEATHER], temperature=0, max_tokens=100)
+    with running("--api-key", "secret") as server:
+        wrong = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", max_retries=0)
+        with wrong as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="secret", max_retries=0) as client:
+            assert client.models.list().data[0].id == MODEL
+            message = client.chat.completions.create(**asked).choices[0].message
+            assert message.tool_calls[0].function.name == "get_weather"
+            chunks = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+            pieces = [call.function.arguments for c in chunks for x in c.choices for call in x.delta.tool_calls or ()]
+            assert "".join(pieces) == message.tool_calls[0].function.arguments
+            echo = client.completions.create(
+                model=MODEL, prompt="Once upon", echo=True, logprobs=0, max_tokens=0
+            ).choices[0]
+            scored = engine.generate(["Once upon"], SamplingParams(prompt_logprobs=0, max_new_tokens=1))[
+                0
+            ].prompt_logprobs
+            assert echo.logprobs.token_logprobs[1:] == pytest.approx([token.logprob for token in scored], abs=1e-4)
+            found = client.embeddings.create(model=MODEL, input="Once upon").data[0].embedding
+            [expected] = engine.embed(["Once upon"])
+            assert found == pytest.approx([x / math.hypot(*expected) for x in expected], abs=1e-5)
+            with pytest.raises(openai.BadRequestError) as info:
+                client.chat.completions.create(**(asked | {"top_p": 7}))
+            assert info.value.param == "top_p"
