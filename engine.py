@@ -48,9 +48,10 @@ from scheduler.loop import normal_loop, overlap_loop
 from scheduler.policy import REORDER
 from scheduler.request import Request, SamplingParams, TokenLogprob
 from scheduler.scheduler import Scheduler
+from snapshot import MOST_SPANS, Snapshot, take
 from stats import Stats, Throughput
 from streams import Stream
-from timeline import Timeline
+from timeline import RecentSpans, Spans, Timeline
 from tokenizer import Tokenizer
 
 __all__ = ["Engine", "SamplingParams"]
@@ -138,6 +139,8 @@ class Engine:
         self._lock = threading.RLock()  # of _groups and _driver; a stream may be collected, and abort, while it is held
         self._stepping = threading.Lock()  # one step at a time
         self._driver: threading.Thread | None = None
+        self._spans: list[Spans] = []  # who wants to know when host and device work
+        self._recent: RecentSpans | None = None  # while somebody watches
         self.timeline = None if trace is None else self._start_timeline(trace)
         self._loop = (overlap_loop if overlap else normal_loop)(self.scheduler, self.runner, self)
 
@@ -302,8 +305,8 @@ class Engine:
         self.steps += 1
         self._batch_size = len(batch.requests)
         self._throughput.add(now, len(taken))
-        if self.timeline is not None:
-            self.timeline.add(
+        for spans in self._spans:
+            spans.add(
                 "device", f"step {self.steps}", *results.span, requests=len(batch.requests), tokens=len(batch.ids)
             )
         if self._recorder is not None:
@@ -462,6 +465,24 @@ class Engine:
             breakdown=self._breakdown,
         )
 
+    def watch(self, on: bool) -> None:
+        """Begin or cease to note when host and device work, for `snapshot`."""
+        self._between_steps(partial(self._watch, on))
+
+    def _watch(self, on: bool) -> None:
+        if on and self._recent is None:
+            self._recent = RecentSpans(MOST_SPANS)
+            self._add_spans(self._recent)
+        elif not on and self._recent is not None:
+            self._remove_spans(self._recent)
+            self._recent = None
+
+    def snapshot(self) -> Snapshot:
+        """Tree, pool, requests and the last steps as they are between two steps; bounded. Without `watch`, no steps."""
+        return self._between_steps(
+            lambda: take(self.scheduler, self.stats(), self._recent.spans if self._recent is not None else ())
+        )
+
     @contextmanager
     def profile(self, path: str | Path | None = None) -> Iterator[Recorder]:
         """Record the steps taken inside; after it, `stats().breakdown` says how the time of a step divides.
@@ -567,16 +588,29 @@ class Engine:
         return int(0.9 * (free_memory(device) - step)) // bytes_per_token
 
     def _start_timeline(self, path: str | Path) -> Timeline:
-        """Re-bind the host's share of a step to timed versions of itself."""
         try:
             timeline = Timeline(path)
         except OSError as error:
             raise UserError(f"cannot write the trace {path}: {error}") from error
-        self.scheduler.plan = timeline.timed("plan", self.scheduler.plan)
-        self.runner.launch = timeline.timed("launch", self.runner.launch)
-        self.commit, self.masks = timeline.timed("commit", self.commit), timeline.timed("mask", self.masks)
+        self._add_spans(timeline)
         weakref.finalize(self, timeline.close)  # at the latest when the process ends
         return timeline
+
+    def _add_spans(self, spans: Spans) -> None:
+        self._spans.append(spans)
+        self._time_host()
+
+    def _remove_spans(self, spans: Spans) -> None:
+        self._spans.remove(spans)
+        self._time_host()
+
+    def _time_host(self) -> None:
+        """Re-bind the host's share of a step to versions of itself that are timed for whoever wants to know, or to itself."""
+        shares = ((self.scheduler, "plan"), (self.runner, "launch"), (self, "commit"), (self, "masks"))
+        for owner, method in shares:
+            vars(owner).pop(method, None)  # what was bound here before; the class has the function itself
+            for spans in self._spans:
+                setattr(owner, method, spans.timed("mask" if method == "masks" else method, getattr(owner, method)))
 
 
 def _refusal(constraint: Constraint, token: int) -> str | None:

@@ -14,6 +14,7 @@ has a root of its own: what else shaped the keys and values (an adapter, a user'
 """
 
 import heapq
+import itertools
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,8 +29,11 @@ def tree_key(tokens: Iterable[int]) -> bytes:
     return array("i", tokens).tobytes()
 
 
+_ids = itertools.count(1)
+
+
 class Node:
-    __slots__ = ("children", "created", "hits", "key", "locks", "pages", "parent", "ticket", "used")
+    __slots__ = ("children", "created", "hits", "id", "key", "locks", "pages", "parent", "ticket", "used")
 
     def __init__(self, key: bytes, pages: list[int], parent: "Node | None", clock: int):
         self.key, self.pages, self.parent = key, pages, parent
@@ -37,6 +41,7 @@ class Node:
         self.locks = 0  # requests whose path leads through here
         self.created = self.used = clock
         self.hits = 0
+        self.id = next(_ids)  # for whoever watches: no other node has it, ever
         self.ticket = 0  # of this node's entry in the heap of evictable leaves; 0 = it has none
 
 
@@ -45,6 +50,7 @@ class Root(Node):
 
     def __init__(self, namespace: Namespace):
         super().__init__(b"", [], None, 0)
+        self.id = 0
         self.namespace = namespace
 
 
@@ -265,7 +271,7 @@ class RadixTree:
             node.ticket = 0
             self._leaves -= 1
 
-    # ---- proof
+    # ---- all of it
 
     def nodes(self) -> Iterator[Node]:
         """All nodes, parents first; the roots are left out."""
@@ -274,6 +280,18 @@ class RadixTree:
             node = stack.pop()
             yield node
             stack += node.children.values()
+
+    def recent(self, most: int) -> Iterator[Node]:
+        """The nodes used last, at most so many; parents first, for whoever uses a node uses what is above it."""
+        heap = [(-child.used, child.id, child) for root in self.roots.values() for child in root.children.values()]
+        heapq.heapify(heap)
+        for _ in range(min(most, self.pages)):
+            if not heap:
+                return
+            node = heapq.heappop(heap)[2]
+            yield node
+            for child in node.children.values():
+                heapq.heappush(heap, (-child.used, child.id, child))
 
     def check(self) -> list[int]:
         """Prove that the counters and the heap say what the nodes say, RuntimeError otherwise. Returns every page held."""
