@@ -109,7 +109,9 @@ async def serve(args: argparse.Namespace) -> None:
             access_log=False,
             timeout_graceful_shutdown=int(args.drain_seconds),
         )
-        await uvicorn.Server(config).serve()
+        server = uvicorn.Server(config)
+        app.state.stopping = lambda: server.should_exit  # who looks at the page does not hold up Ctrl-C
+        await server.serve()
     finally:
         await client.close()
 

@@ -10,6 +10,7 @@ openai_api.py      the routes that OpenAI has; openai_protocol.py: what they tak
 chat.py            a chat becomes a prompt, with what its answer must be
 tool_calls.py      calls out of a model's text
 reasoning.py       thoughts out of it
+page.py            the page, and the events that it lives from
 metrics.py         /metrics
 params.py          sampling parameters as JSON
 

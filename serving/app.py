@@ -17,14 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from errors import UserError
-from serving import native_api, openai_api
+from serving import native_api, openai_api, page
 from serving.api_errors import ApiError, error_response
 from serving.client import EngineClient
 from serving.gate import Gate
 from serving.settings import Settings
 from tokenizer import Tokenizer
 
-ROUTERS = (native_api.router, openai_api.router)  # each takes (client, tokenizer, settings)
+ROUTERS = (native_api.router, openai_api.router, page.router)  # each takes (client, tokenizer, settings)
 
 
 def make_app(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
@@ -36,10 +36,12 @@ def make_app(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> 
         await client.close()
 
     app = FastAPI(title="Folio", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.stopping = lambda: False  # server.py knows better
     for kind in (ApiError, UserError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _say)
     for router in ROUTERS:
         app.include_router(router(client, tokenizer, settings))
+    app.mount("/web", page.files())
     app.add_middleware(Gate, settings=settings)
     if settings.cors_origins:  # outermost: a browser asks first without the key
         app.add_middleware(

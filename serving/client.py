@@ -26,6 +26,7 @@ from serving.api_errors import EngineDown, RequestFailed, ServerBusy
 from serving.child import Child
 from serving.metrics import Metrics
 from serving.params import flat, sampling_params
+from serving.watchers import WATCH_SECONDS, Watchers
 from stats import Stats
 
 log = logging.getLogger("uvicorn.error")
@@ -67,6 +68,7 @@ class EngineClient:
         self.metrics = metrics or Metrics()
         self.facts: m.ModelFacts | None = None
         self.restarts = 0
+        self.watchers = Watchers(self._be_watched)
         self._child: Child | None = None  # one that is ready
         self._names: dict[
             str, str
@@ -204,6 +206,11 @@ class EngineClient:
         """Drop all cached prefixes that nobody runs on. -> pages that stay because somebody does."""
         return (await self._ask(m.Flush)).pages_held
 
+    def _be_watched(self, on: bool) -> None:
+        """Somebody has begun to look, or nobody looks any more."""
+        if self._child is not None:
+            self._child.send(m.Watch(WATCH_SECONDS) if on else m.Unwatch())
+
     async def _ask(self, question: Callable[[int], m.ToEngine]) -> Any:
         """EngineDown if there is no engine, or if it dies over it."""
         if self._child is None:
@@ -234,6 +241,8 @@ class EngineClient:
                 raise UserError(first.message)
             raise EngineDown(f"the engine's process ended while it was loading (exit code {code})")
         self.facts, self._child = first.model, child
+        if self.watchers.count:
+            self._be_watched(True)
         for message in rest:
             self._hear(message)
         return child, frames
@@ -298,6 +307,8 @@ class EngineClient:
                 if (answer := self._close(id, "error")) is not None:
                     self._child.send(m.Abort(id))  # its other samples
                     answer.fail({"refused": UserError, "busy": ServerBusy, "failed": RequestFailed}[kind](text))
+            case m.Seen(snapshot=snapshot):
+                self.watchers.show(snapshot, {id: answer.rid for id, answer in self._answers.items()})
             case m.StatsReply(id=id) | m.Flushed(id=id):
                 if (reply := self._questions.get(id)) is not None and not reply.done():
                     reply.set_result(message)

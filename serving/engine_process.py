@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from contextlib import suppress
@@ -33,6 +34,8 @@ from serving import messages as m
 from serving.params import sampling_params
 
 IDLE = 1.0  # seconds without work, after which the engine proves that nothing is lost
+WATCH_SHARE = 0.02  # of the engine's time, at most, goes to those who watch it
+MOST_UNREAD = 16  # parts of what was said that wait for the other side; beyond, it gets no snapshots
 LEAST_LOGPROB = -9999.0  # of what could not come at all; JSON has no -inf, and the OpenAI API says it so
 
 
@@ -42,7 +45,9 @@ class EngineProcess:
     def __init__(self, engine: Engine, requests: BinaryIO, replies: BinaryIO):
         self.engine = engine
         self._requests, self._replies = requests, replies
-        self._asked: deque[m.Flush | m.AskStats | m.Stop] = deque()  # what must not happen during a step
+        self._asked: deque[m.ToEngine] = deque()  # what must not happen during a step
+        self._watch_seconds: float | None = None  # between two snapshots; None: nobody looks
+        self._next_look = 0.0
         self._outbox: queue.SimpleQueue[list[m.FromEngine] | None] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._stopping = False
@@ -75,17 +80,29 @@ class EngineProcess:
                 self._answer(self._asked.popleft())
             if self._stopping:
                 return
+            idle = None if checked else IDLE
+            if self._watch_seconds is not None:
+                idle = self._look()
             if engine.has_work:
                 checked = False
                 if deltas := engine.step():
                     self._outbox.put([tell(delta) for delta in deltas])
-            elif not self._wake.wait(None if checked else IDLE):
+            elif not self._wake.wait(idle) and not checked:
                 engine.check()
                 checked = True
             if engine.failure is not None:
                 raise EngineFailed(f"{type(engine.failure).__name__}: {engine.failure}") from engine.failure
 
-    def _answer(self, question: m.Flush | m.AskStats | m.Stop) -> None:
+    def _look(self) -> float:
+        """Send a snapshot if it is time; -> seconds until the next. Who does not read them gets no more."""
+        now = time.perf_counter()
+        if now >= self._next_look and self._outbox.qsize() < MOST_UNREAD:
+            self._outbox.put([m.Seen(self.engine.snapshot())])
+            cost = time.perf_counter() - now
+            self._next_look = now + max(self._watch_seconds, cost / WATCH_SHARE)
+        return max(0.01, self._next_look - now)
+
+    def _answer(self, question: m.ToEngine) -> None:
         match question:
             case m.Flush(id=id):
                 self._outbox.put([m.Flushed(id, self.engine.flush_cache())])
@@ -93,6 +110,12 @@ class EngineProcess:
                 if check:
                     self.engine.check()
                 self._outbox.put([m.StatsReply(id, self.engine.stats())])
+            case m.Watch(seconds=seconds):
+                self._watch_seconds = seconds
+                self.engine.watch(True)
+            case m.Unwatch():
+                self._watch_seconds = None
+                self.engine.watch(False)
             case m.Stop():
                 self._stopping = True
 
@@ -115,7 +138,7 @@ class EngineProcess:
                 self._submit(message)
             case m.Abort(rid=rid):
                 self.engine.abort(rid)
-            case m.Flush() | m.AskStats() | m.Stop():
+            case m.Flush() | m.AskStats() | m.Watch() | m.Unwatch() | m.Stop():
                 self._asked.append(message)
             case _:
                 raise ValueError(f"a message that is for the other side: {message}")

@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api_errors import ApiError, TimedOut, error_response
 from serving.settings import Settings
 
-OPEN = {"/health"}  # routes that need no key
+OPEN = {"/health", "/"}  # routes that need no key: a browser has none before the page has asked for it
+OPEN_FOLDER = "/web/"  # the page's files
 GRACE = 10.0  # seconds for a client that does not read, beyond what a request may take
 BODY_SECONDS = 60.0  # for a client to say what it wants
 
@@ -40,7 +41,8 @@ class Gate:
             await self._run(scope, body, receive, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self.settings.api_key is None or scope["path"] in OPEN:
+        path = scope["path"]
+        if self.settings.api_key is None or path in OPEN or path.startswith(OPEN_FOLDER):
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")

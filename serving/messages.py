@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from scheduler.request import TokenLogprob
+from snapshot import Snapshot
 from stats import Stats
 
 
@@ -68,6 +69,19 @@ class AskStats(Message):
     id: int
     check: bool = False
     type: Literal["ask_stats"] = "ask_stats"
+
+
+@dataclass(frozen=True)
+class Watch(Message):
+    """Somebody looks: send a Seen so often, until Unwatch."""
+
+    seconds: float
+    type: Literal["watch"] = "watch"
+
+
+@dataclass(frozen=True)
+class Unwatch(Message):
+    type: Literal["unwatch"] = "unwatch"
 
 
 @dataclass(frozen=True)
@@ -154,8 +168,14 @@ class StatsReply(Message):
     type: Literal["stats_reply"] = "stats_reply"
 
 
-ToEngine = Start | Submit | Abort | Flush | AskStats | Stop
-FromEngine = Ready | Failed | Delta | Error | Flushed | StatsReply
+@dataclass(frozen=True)
+class Seen(Message):
+    snapshot: Snapshot
+    type: Literal["seen"] = "seen"
+
+
+ToEngine = Start | Submit | Abort | Flush | AskStats | Watch | Unwatch | Stop
+FromEngine = Ready | Failed | Delta | Error | Flushed | StatsReply | Seen
 AnyMessage = ToEngine | FromEngine
 
 _codec: TypeAdapter[list[AnyMessage]] = TypeAdapter(list[Annotated[AnyMessage, Field(discriminator="type")]])

@@ -82,11 +82,14 @@ def test_with_the_key_everything(given):
     assert call(echo, b"a", settings=Settings(api_key="secret"), **bearer(given)).body == b"a"
 
 
-def test_only_health_is_open():
+def test_only_health_and_the_files_of_the_page_are_open():
     closed = Settings(api_key="secret")
-    assert call(echo, b"a", settings=closed, path="/health").status == 200
+    for path in ("/health", "/", "/web/style.css"):
+        assert call(echo, b"a", settings=closed, path=path).status == 200
     for path in (
-        "/",
+        "/debug/events",
+        "/web",
+        "//web/style.css",
         "/metrics",
         "/health_generate",
         "/health/",
