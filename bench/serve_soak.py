@@ -162,7 +162,8 @@ def left_behind(url: str) -> str | None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole of it -> the record of the JSON line."""
     flags = ["--model", str(BUNDLED_MODEL), "--dtype", "float32", "--max-running-requests", str(args.rows)]
-    flags += ["--compile"] * args.compile
+    # few pages: all are soon in use once, which is when the system gives them memory, and evicted all the time
+    flags += ["--max-total-tokens", str(256 * args.rows)] + ["--compile"] * args.compile
     with server(flags, args.port) as (url, pid):
         soak = Soak(url, args)
         engine = get(url, "/server_info")["internal_states"][0]["engine_pid"]

@@ -19,6 +19,9 @@ from serving import messages as m
 ROOT = Path(__file__).parents[1]
 # -P: no module of the current folder is taken for one of ours
 COMMAND = [sys.executable, "-P", "-m", "serving.engine_process"]
+# On a CPU, PyTorch keeps what oneDNN has prepared for each length of a step that it meets, nearly a megabyte each, and
+# unless told otherwise 1,024 of them. This many are enough for the decodes, which come again and again.
+ENVIRONMENT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 MOST_FRAME = 1 << 30  # bytes; what says it is longer is no frame
 
 
@@ -36,7 +39,7 @@ class Child:
                 [*COMMAND, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": path},
+                env=ENVIRONMENT | os.environ | {"PYTHONPATH": path},
                 start_new_session=True,
             )
         child = cls(process, *await asyncio.open_connection(sock=ours))
