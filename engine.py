@@ -338,6 +338,10 @@ class Engine:
 
     def _take_token(self, request: Request, token: int, logprob: TokenLogprob | None, now: float) -> None:
         """The text side of a commit: detokenize, look for stop strings, pass it on."""
+        if request.params.only_reads:
+            request.finish_reason, request.stop_reason = "length" if request.params.pooling is None else "stop", None
+            self._emit(request, [])
+            return
         request.metrics.token_times.append(now)
         if logprob is not None:
             request.logprobs.append(logprob)
@@ -346,10 +350,6 @@ class Engine:
             return
         group = self._live[request]
         text, ended = group.texts[request.index], request.finish_reason
-        if request.params.pooling is not None:  # the token comes with the forward, and is nobody's
-            request.finish_reason, request.stop_reason = "stop", None
-            self._emit(request, [])
-            return
         if ended in (None, "length"):  # the token of a stop id is not text
             text.add(token, may_stop=request.new_tokens >= request.params.min_new_tokens)
         if ended is not None:

@@ -133,6 +133,8 @@ def read_prompt(args: argparse.Namespace) -> str:
 def sampling_params(args: argparse.Namespace) -> "SamplingParams":
     from scheduler.request import SamplingParams
 
+    if args.max_new_tokens == 0:
+        raise UserError("--max-new-tokens is 0; at least one is generated here")
     return SamplingParams(
         max_new_tokens=args.max_new_tokens,
         n=args.num_samples,

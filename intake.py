@@ -44,7 +44,7 @@ class Group:
             CompletionOutput(
                 index=r.index,
                 text=text.text,
-                token_ids=r.output_ids,
+                token_ids=[] if r.params.only_reads else r.output_ids,
                 finish_reason=r.finish_reason,
                 stop_reason=r.stop_reason,
                 logprobs=r.logprobs if r.params.logprobs is not None else None,
@@ -80,7 +80,9 @@ class Intake:
     ) -> Group:
         """The n requests of one prompt. UserError if they cannot be served."""
         ids = self._encode(prompt)
-        new = self._new_tokens(len(ids), params.max_new_tokens if params.pooling is None else 1)
+        new = self._new_tokens(len(ids), 1 if params.only_reads else params.max_new_tokens)
+        if params.logprob_start_len > len(ids):
+            raise UserError(f"logprob_start_len is {params.logprob_start_len}; the prompt has {len(ids)} tokens")
         check_ids("prompt", ids, self.vocab_size)
         check_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)
         check_ids("logit_bias", params.logit_bias, self.vocab_size)

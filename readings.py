@@ -2,9 +2,10 @@
 
     engine.generate(text, SamplingParams(prompt_logprobs=3))[0].prompt_logprobs
     engine.embed([text], pooling="mean")
+    engine.generate(text, SamplingParams(prompt_logprobs=0, logprob_start_len=900, max_new_tokens=0))  # the first 899 may be cached
 
 A step only needs the last hidden state of each sequence; these need those of every token. So a chunk of such a prompt is computed
-whole, never found in the cache, and its step runs as plain PyTorch, beside the compiled ones.
+even if it is cached, and its step runs as plain PyTorch, beside the compiled ones.
 
     python -m pytest tests/test_readings.py
 """
@@ -19,7 +20,7 @@ from device import from_host
 from kernels.sampling import logprobs
 from model import Transformer
 from scheduler.batch import Batch
-from scheduler.request import TokenLogprob
+from scheduler.request import Request, TokenLogprob
 
 TENSORS = 5  # that `read` returns
 TOKENS_AT_ONCE = 256  # whose logits are there at the same time
@@ -39,9 +40,9 @@ def spans(batch: Batch) -> Spans:
     for request, start, first, count in chunks(batch):
         params, end = request.params, min(start + count, request.num_prompt)
         if params.prompt_logprobs is not None:
-            known = min(end, request.num_prompt - 1)
-            wanted.scored += range(first, first + max(0, known - start))
-            wanted.targets += request.tokens[start + 1 : known + 1]
+            scored = scored_positions(request, start, end)
+            wanted.scored += range(first + scored.start - start, first + scored.stop - start)
+            wanted.targets += request.tokens[scored.start + 1 : scored.stop + 1]
         if params.pooling == "mean":
             wanted.pooled.append((first, first + end - start))
         elif params.pooling == "last":
@@ -70,13 +71,19 @@ def take(batch: Batch, details: list[Tensor]) -> None:
     for request, start, _, count in chunks(batch):
         params, end = request.params, min(start + count, request.num_prompt)
         if params.prompt_logprobs is not None:
-            for position in range(start + 1, min(end, request.num_prompt - 1) + 1):
+            for position in scored_positions(request, start, end):
                 top = list(zip(ids[scored], values[scored], strict=True))[: params.prompt_logprobs]
-                token = TokenLogprob(request.tokens[position], chosen[scored], rank[scored], top)
-                request.reading.logprobs[position] = token
+                token = TokenLogprob(request.tokens[position + 1], chosen[scored], rank[scored], top)
+                request.reading.logprobs[position + 1] = token
                 scored += 1
         if params.pooling is not None:
             request.reading.add(start, next(sums), params.pooling)
+
+
+def scored_positions(request: Request, start: int, end: int) -> range:
+    """Of a chunk of a prompt, the tokens whose next one is known and wanted."""
+    start = max(start, request.params.logprob_start_len - 1)
+    return range(start, max(start, min(end, request.num_prompt - 1)))
 
 
 def chunks(batch: Batch) -> Iterator[tuple]:

@@ -25,14 +25,14 @@ Rank = Callable[[Request], tuple]
 
 
 def longest_prefix_match(requests: list[Request], tree: RadixTree) -> list[Request]:
-    return sorted(requests, key=lambda r: -len(tree.match(r.tokens.tobytes(), r.namespace).pages))
+    return sorted(requests, key=lambda r: -len(tree.match(r.key(), r.namespace).pages))
 
 
 def dfs_weight(requests: list[Request], tree: RadixTree) -> list[Request]:
     """Depth first through the tree: of a node's children, the one that leads to most requests first; then its own."""
     paths, weight = {}, {}
     for r in requests:
-        node, path = tree.match(r.tokens.tobytes(), r.namespace).node, []
+        node, path = tree.match(r.key(), r.namespace).node, []
         while node is not None:
             path.append(node)
             weight[node] = weight.get(node, 0) + 1

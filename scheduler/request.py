@@ -28,7 +28,7 @@ MAX_INT = 2**31 - 1
 class SamplingParams:
     """How to choose tokens and when to stop. UserError on construction names the field and its limits."""
 
-    max_new_tokens: int | None = None  # None: up to the context length
+    max_new_tokens: int | None = None  # None: up to the context length; 0: compute the prompt, and say nothing
     min_new_tokens: int = 0
     n: int = 1
     temperature: float = 1.0  # 0 = greedy
@@ -45,6 +45,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: no logprobs; n: of the chosen token and the n likeliest
     prompt_logprobs: int | None = None  # the same of the prompt's tokens, but for the first
+    logprob_start_len: int = (
+        0  # of these, the position of the first; what is before it may come from the cache (SGLang)
+    )
     pooling: Literal["mean", "last"] | None = None  # no text, but the hidden states of the prompt as one
     skip_special_tokens: bool = True
     json_schema: str | bool | dict[str, Any] | type | None = (
@@ -60,7 +63,17 @@ class SamplingParams:
     allowed_tokens_fn: Callable[[list[int]], Sequence[int]] | None = None  # prompt + output ids -> what may come next
 
     def __post_init__(self) -> None:
-        for name in ("n", "top_k", "seed", "max_new_tokens", "min_new_tokens", "logprobs", "prompt_logprobs"):
+        whole = (
+            "n",
+            "top_k",
+            "seed",
+            "max_new_tokens",
+            "min_new_tokens",
+            "logprobs",
+            "prompt_logprobs",
+            "logprob_start_len",
+        )
+        for name in whole:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise UserError(f"{name} is {value!r}; it must be a whole number")
@@ -77,13 +90,17 @@ class SamplingParams:
         _in_range("presence_penalty", self.presence_penalty, -2, 2)
         _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.max_new_tokens is not None:
-            _in_range("max_new_tokens", self.max_new_tokens, 1, MAX_INT)
-        _in_range("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens or MAX_INT)
+            _in_range("max_new_tokens", self.max_new_tokens, 0, MAX_INT)
+        most = MAX_INT if self.max_new_tokens is None else self.max_new_tokens
+        _in_range("min_new_tokens", self.min_new_tokens, 0, most)
         if self.seed is not None:
             _in_range("seed", self.seed, -(2**63), 2**63 - 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 0, TOP_LOGPROBS)
+        _in_range("logprob_start_len", self.logprob_start_len, 0, MAX_INT)
+        if self.logprob_start_len and self.prompt_logprobs is None:
+            raise UserError(f"logprob_start_len is {self.logprob_start_len}, but prompt_logprobs is not given")
         if self.pooling not in (None, "mean", "last"):
             raise UserError(f"pooling is {self.pooling!r}; it must be mean or last")
         if self.pooling is not None and self.n > 1:
@@ -101,9 +118,9 @@ class SamplingParams:
             raise UserError("stop has an empty string, which would end every text at once")
 
     @property
-    def reads_whole_prompt(self) -> bool:
-        """Is something of every token of the prompt wanted? Then none of it may come from the cache."""
-        return self.prompt_logprobs is not None or self.pooling == "mean"
+    def only_reads(self) -> bool:
+        """Is no token wanted? The one that comes with the forward of the prompt is nobody's."""
+        return self.pooling is not None or self.max_new_tokens == 0
 
     @property
     def greedy(self) -> bool:
@@ -237,9 +254,16 @@ class Request:
         return self.tokens[self.num_prompt :].tolist()
 
     @property
-    def is_private(self) -> bool:
-        """Does it compute all of its prompt, whatever is cached, and leave nothing behind?"""
-        return self.reading is not None and self.params.reads_whole_prompt
+    def reusable(self) -> int:
+        """How many of its tokens may come from the cache: not the last, which gives the next one, and none that it reads."""
+        most, params = len(self.tokens) - 1, self.params
+        if self.reading is None or params.pooling == "last":
+            return most
+        return 0 if params.pooling == "mean" else min(most, max(0, params.logprob_start_len - 1))
+
+    def key(self) -> bytes:
+        """What the tree is asked for."""
+        return self.tokens[: self.reusable + 1].tobytes()
 
     @property
     def embedding(self) -> list[float] | None:
@@ -251,10 +275,10 @@ class Request:
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob] | None:
-        """Of the prompt's tokens but the first, once they are all there."""
+        """Of the prompt's tokens from `logprob_start_len` on, but not of the first, once they are all there."""
         if self.reading is None or self.params.prompt_logprobs is None or not self.new_tokens:
             return None
-        return [self.reading.logprobs[i] for i in range(1, self.num_prompt)]
+        return [self.reading.logprobs[i] for i in range(max(1, self.params.logprob_start_len), self.num_prompt)]
 
     @property
     def new_tokens(self) -> int:

@@ -89,9 +89,7 @@ class Scheduler:
         self.refuse_if_too_large(request.num_prompt, request.max_new_tokens)
         self.arrivals += 1
         request.arrival = self.arrivals
-        if request.is_private:
-            request.namespace = ("private", request.arrival)
-        elif not self.radix:  # only the samples of one prompt share
+        if not self.radix:  # only the samples of one prompt share
             request.namespace = ("request", (request.leader or request).arrival)
         self.waiting.add(request)
 
@@ -181,7 +179,7 @@ class Scheduler:
         for request in self.waiting.candidates(self.tree, len(self.free_rows) + LOOKAHEAD):
             if not self.free_rows or budget <= 0 or self.prefilling:  # a prompt that is not all planned has used it up
                 return
-            match = self.tree.match(request.tokens.tobytes(), request.namespace)
+            match = self.tree.match(request.key(), request.namespace)
             if self._waits_for_another(request, len(match.pages)):
                 continue
             need = self.pool.pages_for(len(request.tokens)) - len(match.pages)
@@ -210,7 +208,7 @@ class Scheduler:
         if request.passed_over >= MAX_PASSED_OVER:
             return False
         end = (cached + self.pool.pages_for(SHARED_AT_LEAST)) * size
-        if end >= len(request.tokens):
+        if end > request.reusable:
             return False
         return any(
             len(other.tokens) >= end
@@ -328,7 +326,7 @@ class Scheduler:
         if whole:
             self.computing.pop(request, None)
         before = request.shared
-        if (self.radix or request.params.n > 1) and not request.is_private and self._insert(request, computed):
+        if (self.radix or request.params.n > 1) and self._insert(request, computed):
             self._changes.tables.append((request.row, before, request.pages[before : request.shared]))
 
     def _insert(self, request: Request, computed: int) -> bool:
@@ -359,7 +357,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """The one place where row and pages are given back: full pages to the tree, the rest to the pool."""
-        if self.radix and not request.is_private:
+        if self.radix:
             self._insert(request, min(request.computed, len(request.tokens)))
         self.tree.unlock(request.node)
         self.pool.free(request.pages[request.shared :])

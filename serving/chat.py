@@ -23,9 +23,8 @@ from serving.tool_calls import ALIASES, NOTATIONS, ToolCalls
 from tokenizer import Tokenizer
 
 TEXT_ARGUMENTS = ("deepseek_r1", "deepseek_v3_1")  # whose templates write a call's arguments out as text
-OURS = frozenset(
-    ("messages", "tools", "add_generation_prompt", "reasoning_effort", "documents")
-)  # variables of a template
+# variables of a template
+OURS = frozenset(("messages", "tools", "add_generation_prompt", "reasoning_effort", "documents"))
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,8 @@ from stats import Stats
 
 log = logging.getLogger("uvicorn.error")
 
-BACK_OFF = (
-    0.0,
-    1.0,
-    2.0,
-    5.0,
-    10.0,
-    30.0,
-)  # seconds before the first restart, the second ... the last: before all others
+# seconds before the first restart, the second ... the last: before all others
+BACK_OFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 LIVED = 60.0  # seconds after which a process that dies counts as a first one again
 STOP_SECONDS = 5.0  # that the engine has to end by itself
 MAX_RID = 128  # characters
@@ -70,9 +64,8 @@ class EngineClient:
         self.restarts = 0
         self.watchers = Watchers(self._be_watched)
         self._child: Child | None = None  # one that is ready
-        self._names: dict[
-            str, str
-        ] = {}  # a request's id -> the one that the engine knows it by, which never comes again
+        # a request's id -> the one that the engine knows it by, which never comes again
+        self._names: dict[str, str] = {}
         self._answers: dict[str, Answer] = {}  # of open requests, by the engine's id
         self._samples: dict[str, int] = {}  # of these, that have not ended
         self._questions: dict[int, asyncio.Future] = {}

@@ -60,9 +60,7 @@ class EngineProcess:
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         try:
             self._drive()
-        except (
-            Exception
-        ) as error:  # a step's own are kept in engine.failure; this is a check that has not held, or a bug
+        except Exception as error:  # a step's own is in engine.failure; another is a check that has not held, or a bug
             traceback.print_exc()
             self._outbox.put([m.Failed(f"{type(error).__name__}: {error}")])
         failed = not self._stopping

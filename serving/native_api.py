@@ -50,11 +50,9 @@ class SGLangParams(Params):
         values = {name: getattr(self, name) for name in self.model_fields_set}
         if "logprobs" in values:
             raise UserError("sampling_params.logprobs is not a field here; use return_logprob and top_logprobs_num")
-        for name in ("prompt_logprobs", "pooling"):
+        for name, instead in (("prompt_logprobs", "logprob_start_len"), ("pooling", "/v1/embeddings")):
             if name in values:
-                raise UserError(
-                    f"sampling_params.{name} is not a field here; /v1/completions and /v1/embeddings have it"
-                )
+                raise UserError(f"sampling_params.{name} is not a field here; use {instead}")
         if (seed := values.pop("sampling_seed", None)) is not None:
             values["seed"] = seed
         values.pop("no_stop_trim", None)
@@ -71,7 +69,7 @@ class GenerateRequest(StrictModel):
     rid: str | Texts | None = None
     stream: bool = False
     return_logprob: bool = False
-    logprob_start_len: Literal[-1] = -1  # of the output only
+    logprob_start_len: int = Field(-1, ge=-1)  # of the prompt's tokens, from here on; -1: of the output only
     top_logprobs_num: int = 0
     return_text_in_logprobs: bool = False
     priority: int = 0
@@ -212,9 +210,11 @@ class Sample:
 
     rid: str
     prompt: int  # which one of the batch
+    first_id: int  # of the prompt
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None  # of the first sample of a prompt
     last: Delta | None = None
     started: float = field(default_factory=time.perf_counter)
 
@@ -222,6 +222,7 @@ class Sample:
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or []
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.last = delta
 
 
@@ -249,11 +250,18 @@ class Batch:
                 values = sampling.translated()
                 if asked.return_logprob:
                     values["logprobs"] = asked.top_logprobs_num
+                    if asked.logprob_start_len != -1:
+                        values |= {
+                            "prompt_logprobs": asked.top_logprobs_num,
+                            "logprob_start_len": asked.logprob_start_len,
+                        }
                 elif asked.top_logprobs_num:
                     raise UserError("top_logprobs_num is given, but return_logprob is not")
+                elif asked.logprob_start_len != -1:
+                    raise UserError("logprob_start_len is given, but return_logprob is not")
                 answers.append(client.generate(rid, ids, values, priority=asked.priority, cache_salt=asked.cache_salt))
                 undo.callback(answers[-1].close)
-                samples.append([Sample(rid, i) for _ in range(values.get("n", 1))])
+                samples.append([Sample(rid, i, ids[0] if ids else 0) for _ in range(values.get("n", 1))])
             undo.pop_all()
         return cls(asked, tokenizer, answers, samples)
 
@@ -277,9 +285,8 @@ class Batch:
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Each sample so far, whenever there is more of it."""
-        news: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue(
-            1
-        )  # a slow reader holds the readers, nobody else
+        # of one place: a slow reader holds the readers, nobody else
+        news: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue(1)
 
         async def read(answer: Answer, samples: list[Sample]) -> None:
             try:
@@ -324,12 +331,22 @@ class Batch:
         if last.finish_reason is not None:
             meta["e2e_latency"] = time.perf_counter() - sample.started
         if self._asked.return_logprob:
-            meta["output_token_logprobs"] = [self._logprob(x.logprob, x.token_id) for x in sample.logprobs]
-            if self._asked.top_logprobs_num:
-                meta["output_top_logprobs"] = [[self._logprob(p, id) for id, p in x.top] for x in sample.logprobs]
+            meta |= self._logprobs("output", sample.logprobs)
+            first = self._samples[sample.prompt][0]
+            if first.prompt_logprobs is not None:
+                meta |= self._logprobs("input", first.prompt_logprobs)
+                if self._asked.logprob_start_len == 0:  # nothing says how likely the first token is
+                    meta["input_token_logprobs"].insert(0, self._logprob(None, first.first_id))
+                    meta.get("input_top_logprobs", []).insert(0, None)
         return {"text": sample.text, "output_ids": sample.token_ids, "meta_info": meta}
 
-    def _logprob(self, logprob: float, id: int) -> tuple[float, int, str | None]:
+    def _logprobs(self, kind: str, tokens: list[TokenLogprob]) -> dict[str, list]:
+        fields = {f"{kind}_token_logprobs": [self._logprob(x.logprob, x.token_id) for x in tokens]}
+        if self._asked.top_logprobs_num:
+            fields[f"{kind}_top_logprobs"] = [[self._logprob(p, id) for id, p in x.top] for x in tokens]
+        return fields
+
+    def _logprob(self, logprob: float | None, id: int) -> tuple[float | None, int, str | None]:
         return logprob, id, self._tokenizer.token_text(id) if self._asked.return_text_in_logprobs else None
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from scheduler.request import TokenLogprob
@@ -181,13 +180,6 @@ def said(delta: Delta) -> Sequence[TokenLogprob]:
     """The logprobs of what is text: the token that only ends a text is none."""
     ended_by_token = delta.finish_reason == "stop" and isinstance(delta.stop_reason, int)
     return delta.logprobs[:-1] if ended_by_token else delta.logprobs
-
-
-def silent(delta: Delta) -> Delta:
-    """The same without its token, of a request that has wanted none."""
-    end = delta.finish_reason and "length"
-    none = None if delta.logprobs is None else []
-    return replace(delta, text="", token_ids=[], logprobs=none, finish_reason=end, stop_reason=None)
 
 
 def embedding(values: list[float], as_base64: bool) -> list[float] | str:

@@ -28,7 +28,7 @@ from serving.api_errors import ApiError, api_error
 from serving.chat import Chats
 from serving.messages import Delta
 from serving.native_api import SSE
-from serving.openai_answers import ChatChoice, CompletionChoice, Tally, embedding, envelope, silent
+from serving.openai_answers import ChatChoice, CompletionChoice, Tally, embedding, envelope
 from serving.openai_protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, refused
 from serving.openai_route import NamingRoute
 from serving.openai_shapes import ChatCompletion, Completion, Embeddings, Model, Models
@@ -194,7 +194,6 @@ async def _deltas(
     client: Client, jobs: Sequence[Job], body: Sampling | EmbeddingRequest
 ) -> AsyncIterator[tuple[int, Delta]]:
     """The deltas of all jobs as they come, each with the number of its job. Closing it closes them all."""
-    echo_only = isinstance(body, CompletionRequest) and body.echo_only
     async with AsyncExitStack() as open_streams:
         streams = []
         for job in jobs:
@@ -204,7 +203,7 @@ async def _deltas(
             streams.append(await open_streams.enter_async_context(aclosing(stream)))
         async with aclosing(merged(streams)) as deltas:
             async for number, delta in deltas:
-                yield number, silent(delta) if echo_only else delta
+                yield number, delta
 
 
 async def merged(streams: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:

@@ -262,14 +262,7 @@ class CompletionRequest(Sampling):
         params["logprobs"] = self.logprobs
         if self.echo:
             params["prompt_logprobs"] = self.logprobs
-        if self.echo_only:
-            params["max_new_tokens"] = 1  # which nobody gets to see
         return params
-
-    @property
-    def echo_only(self) -> bool:
-        """Is nothing wanted but the prompt, with its logprobs?"""
-        return bool(self.echo) and self.max_tokens == 0
 
     def prompts(self, most: int) -> list[str | list[int]]:
         """One or many, as a list. ApiError if there are none, or too many."""

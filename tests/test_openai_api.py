@@ -370,7 +370,7 @@ def test_with_tools_and_a_schema_the_answer_is_either(client):
     ("asked", "param", "says"),
     [
         (dict(temperature=1000), "temperature", "temperature is 1000"),
-        (dict(max_tokens=0), "max_tokens", "max_tokens is 0"),
+        (dict(max_tokens=-1), "max_tokens", "max_tokens is -1"),
         (dict(n=0), "n", "n: "),
         (dict(n=129), "n", "n: Input should be less than or equal to 128"),
         (dict(max_tokens=10**6), None, "exceed the context"),

@@ -203,7 +203,7 @@ def test_a_body_that_does_not_say_it_is_json(client):
     ("message", "asked", "told", "param"),
     [
         ("top_p is 7; it must be", dict(top_p=7), "top_p is 7; it must be", "top_p"),
-        ("max_new_tokens is 0; no", dict(max_tokens=0), "max_tokens is 0; no", "max_tokens"),
+        ("max_new_tokens is -1; no", dict(max_tokens=-1), "max_tokens is -1; no", "max_tokens"),
         ("regex is wrong", dict(guided_regex="("), "guided_regex is wrong", "guided_regex"),
         ("json_schema $ is", dict(response_format={"type": "json_object"}), "response_format $ is", "response_format"),
         ("the prompt is empty", {}, "the prompt is empty", None),

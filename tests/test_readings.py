@@ -3,6 +3,7 @@
 python -m pytest tests/test_readings.py
 """
 
+import random
 from pathlib import Path
 
 import pytest
@@ -82,11 +83,58 @@ def test_with_a_grammar_and_with_several_samples(reference):
     engine.check()
 
 
-def test_what_reads_all_leaves_nothing_in_the_cache():
+def test_what_reads_all_takes_nothing_from_the_cache_and_leaves_it_to_others():
+    engine, one = engine_of(), SamplingParams(max_new_tokens=1)
+    cached = [
+        engine.generate([TEXTS[2]], params)[0].outputs[0].metrics.cached_tokens
+        for params in (one, SamplingParams(pooling="mean"), one, SamplingParams(prompt_logprobs=0, max_new_tokens=0))
+    ]
+    assert cached[0] == cached[1] == cached[3] == 0 and cached[2] > 64
+    engine.flush_cache()
+    engine.embed([TEXTS[2]])
+    assert engine.generate([TEXTS[2]], one)[0].outputs[0].metrics.cached_tokens == cached[2]
+    engine.check()
+
+
+def test_a_reading_from_some_position_on_takes_what_is_before_it_from_the_cache(engine):
+    ids = engine.tokenizer.encode(TEXTS[2])
+    [whole] = engine.generate([ids], SamplingParams(prompt_logprobs=2, max_new_tokens=0))
+    page, again = engine.pool.page_size, [random.randrange(len(ids)) for _ in range(5)]
+    for start in [0, 1, 2, page, page + 1, page + 2, len(ids) - 1, len(ids), *again]:
+        [part] = engine.generate([ids], SamplingParams(prompt_logprobs=2, logprob_start_len=start, max_new_tokens=0))
+        expected = whole.prompt_logprobs[max(0, start - 1) :]
+        assert [token.token_id for token in part.prompt_logprobs] == ids[max(1, start) :]
+        got = [token.logprob for token in part.prompt_logprobs]
+        assert got == pytest.approx([token.logprob for token in expected], abs=1e-4)
+        cached = part.outputs[0].metrics.cached_tokens
+        assert cached == min(max(0, start - 1), len(ids) - 1) // page * page
+    engine.check()
+
+
+def test_many_that_read_the_ends_of_what_begins_alike():
+    engine = engine_of(chunk_size=64, max_batch_size=4)
+    prompt = engine.tokenizer.encode(TEXTS[2])
+    params = SamplingParams(prompt_logprobs=0, logprob_start_len=len(prompt), max_new_tokens=0)
+    prompts = [prompt + engine.tokenizer.encode(word) for word in ("red", "green", "blue", "a dog", "Rain") * 3]
+    together = engine.generate(prompts, params)
+    alone = [engine_of().generate([ids], params)[0] for ids in prompts[:5]]
+    for i, output in enumerate(together):
+        assert [x.token_id for x in output.prompt_logprobs] == prompts[i][len(prompt) :]
+        expected = [x.logprob for x in alone[i % 5].prompt_logprobs]
+        assert [x.logprob for x in output.prompt_logprobs] == pytest.approx(expected, abs=1e-4)
+    shared = (len(prompt) - 1) // engine.pool.page_size * engine.pool.page_size
+    assert sorted({output.outputs[0].metrics.cached_tokens for output in together}) == [0, shared]
+    engine.check()
+
+
+def test_no_token_is_wanted():
     engine = engine_of()
-    engine.embed(TEXTS, "mean")
-    assert engine.stats().pages_held == 0
-    assert engine.generate([TEXTS[2]], SamplingParams(max_new_tokens=1))[0].outputs[0].metrics.cached_tokens == 0
+    params = SamplingParams(max_new_tokens=0, logprobs=1, n=2, regex="[0-9]{3}")
+    [output] = engine.generate([TEXTS[0]], params)
+    for sample in output.outputs:
+        assert (sample.text, sample.token_ids, sample.logprobs, sample.finish_reason) == ("", [], [], "length")
+    assert not [delta for delta in engine.stream(TEXTS[0], params) if delta.text or delta.token_ids]
+    engine.check()
 
 
 @pytest.mark.parametrize("chunk_size", [16, 64])
@@ -119,8 +167,16 @@ def test_a_prompt_that_is_preempted_is_read_anew(reference, chunk_size):
         (dict(pooling="max"), "pooling is 'max'"),
         (dict(pooling="mean", n=2), "n is 2"),
         (dict(prompt_logprobs=21), "prompt_logprobs is 21"),
+        (dict(logprob_start_len=2), "logprob_start_len is 2, but prompt_logprobs is not given"),
+        (dict(prompt_logprobs=0, logprob_start_len=-1), "logprob_start_len is -1"),
+        (dict(max_new_tokens=-1), "max_new_tokens is -1"),
     ],
 )
 def test_what_is_wrong_is_named(wrong, says):
     with pytest.raises(UserError, match=says):
         SamplingParams(**wrong)
+
+
+def test_a_start_beyond_the_prompt_is_named():
+    with pytest.raises(UserError, match="logprob_start_len is 4; the prompt has 3 tokens"):
+        engine_of().generate([[5, 6, 7]], SamplingParams(prompt_logprobs=0, logprob_start_len=4))

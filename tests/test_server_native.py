@@ -132,13 +132,29 @@ def test_a_grammar_and_sglangs_own_names(http):
     texts = {generate(http, text=PROMPT, sampling_params=params)["text"] for _ in range(2)}
     assert len(texts) == 1 and len(text := texts.pop()) == 4 and text.isdigit()
     form = {"json_schema": json.dumps({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})}
-    assert "a" in json.loads(generate(http, text=PROMPT, sampling_params=form)["text"])
+    assert "a" in json.loads(generate(http, text=PROMPT, sampling_params=form | {"json_finish": True})["text"])
 
 
 def test_what_sglangs_benchmark_sends_is_taken(http):
     body = {"text": PROMPT, "sampling_params": GREEDY | {"ignore_eos": True}, "return_logprob": False}
     body |= {"logprob_start_len": -1, "lora_path": None, "image_data": None}
     assert events(http, **body)[-1]["meta_info"]["completion_tokens"] == 24
+
+
+def test_logprobs_of_the_prompt_from_a_position_on(http):
+    ids, nothing = list(range(300, 340)), {"max_new_tokens": 0}
+    body = {"input_ids": ids, "sampling_params": nothing, "return_logprob": True, "top_logprobs_num": 2}
+    whole = generate(http, **body, logprob_start_len=0)["meta_info"]
+    part = generate(http, **body, logprob_start_len=35, return_text_in_logprobs=True)["meta_info"]
+    assert whole["completion_tokens"] == part["completion_tokens"] == 0 and part["cached_tokens"] == 32
+    assert whole["input_token_logprobs"][0] == [None, 300, None] and whole["input_top_logprobs"][0] is None
+    assert [id for _, id, _ in whole["input_token_logprobs"]] == ids
+    assert [len(top) for top in part["input_top_logprobs"]] == [2] * 5
+    for (logprob, id, text), (expected, same, _) in zip(
+        part["input_token_logprobs"], whole["input_token_logprobs"][35:], strict=True
+    ):
+        assert id == same and logprob == pytest.approx(expected, abs=1e-4) and isinstance(text, str)
+    assert part["output_token_logprobs"] == []
 
 
 def test_a_cached_prefix_is_said_and_flushed_and_salted(http):
@@ -191,7 +207,7 @@ def test_what_the_docs_show_works(http):
         ({"text": ["x"], "sampling_params": [{"nothing": 1}]}, "sampling_params.0.nothing"),
         ({"text": "x", "sampling_params": {"temperature": "hot"}}, "sampling_params.temperature"),
         ({"text": "x", "stream": 1}, "stream"),
-        ({"text": "x", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "x", "logprob_start_len": -2, "return_logprob": True}, "logprob_start_len"),
         ({"text": "x", "lora_path": "a"}, "lora_path"),
         ({"text": "x", "sampling_params": {"no_stop_trim": True}}, "sampling_params.no_stop_trim"),
         ({"input_ids": ["x"]}, "input_ids.0"),
@@ -206,6 +222,8 @@ def test_a_field_that_is_wrong_is_named(http, body, param):
     "body, about",
     [
         ({}, "text or input_ids"),
+        ({"text": "x", "logprob_start_len": 0}, "logprob_start_len is given, but return_logprob is not"),
+        ({"text": "x", "logprob_start_len": 99, "return_logprob": True}, "logprob_start_len is 99; the prompt has"),
         ({"text": "x", "input_ids": [5]}, "text or input_ids"),
         ({"text": []}, "text"),
         ({"text": ""}, "empty"),
