@@ -50,6 +50,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("max_queue", "max_body_mb", "request_timeout", "drain_seconds", "watchdog_timeout"):
         if not getattr(args, flag) >= 0:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must not be negative")
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port is {args.port}; it must be from 0 to 65535")
     if args.api_key == "":
         parser.error("--api-key is empty; leave it out, or give one")
     return args

@@ -120,7 +120,15 @@ def test_flags_reach_where_they_belong(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--max-queue", "-1"], ["--request-timeout", "nan"], ["--port", "x"], ["--api-key", ""], ["--mod", "x"]]
+    "flags",
+    [
+        ["--max-queue", "-1"],
+        ["--request-timeout", "nan"],
+        ["--port", "x"],
+        ["--port", "65536"],
+        ["--api-key", ""],
+        ["--mod", "x"],
+    ],
 )
 def test_a_flag_that_makes_no_sense(flags, capsys):
     with pytest.raises(SystemExit) as raised:
