@@ -31,6 +31,7 @@ import readings
 from cache.pages import PagePool
 from cache.radix import EVICTION
 from checkpoint import Checkpoint, load
+from device import apart
 from errors import EngineFailed, UserError
 from grammar.compiler import BACKENDS
 from grammar.constraint import Constraint
@@ -158,9 +159,13 @@ class Engine:
         on = pick_device(device)
         checkpoint = Checkpoint.open(model)
         tokenizer = Tokenizer.from_pretrained(checkpoint.path)
-        weights = load(checkpoint, pick_dtype(dtype, checkpoint.dtype, on), on, max_model_len)
         eos = sorted({*checkpoint.eos_token_ids, *tokenizer.eos_token_ids})
-        engine = cls(weights, tokenizer, eos, max_model_len=max_model_len, **options)
+
+        def build() -> Engine:
+            weights = load(checkpoint, pick_dtype(dtype, checkpoint.dtype, on), on, max_model_len)
+            return cls(weights, tokenizer, eos, max_model_len=max_model_len, **options)
+
+        engine = apart(build)
         engine.notes = checkpoint.notes
         return engine
 
