@@ -1,7 +1,7 @@
 """The server under load: time to first token, time between tokens, and what HTTP costs beside the offline engine.
 
     python -m bench.serve                                  # Poisson arrivals, then all at once beside the offline engine
-    python -m bench.serve --rate 4 --requests 200 --model SmolLM2 --compile
+    python -m bench.serve --shape smollm2-135m --rate 1 --requests 32 --compile
     python -m bench.serve --rate inf --concurrency 16      # closed loop: 16 clients, each asks when it has its answer
     python -m bench.serve --requests 8 --repeats 1         # does the benchmark itself work?
 
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from bench.checkpoints import NAMES, make_checkpoint
 from bench.common import alternate, emit, machine_facts, significant, summarize, table, use_threads
 from bench.http_load import Answer, ask, get, offer, server
 from engine import Engine, SamplingParams
@@ -149,6 +150,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Latency and throughput of the server.")
     parser.add_argument("--model", default=str(BUNDLED_MODEL))
+    parser.add_argument("--shape", choices=NAMES, help="instead of --model: random weights in this shape")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--max-model-len", type=int)
@@ -166,6 +168,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.rate > 0:
         parser.error(f"--rate is {args.rate}; it must be above 0")
+    if args.shape is not None:
+        args.model = str(make_checkpoint(args.shape))
     return args
 
 
