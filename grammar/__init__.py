@@ -27,6 +27,7 @@ llguidance_backend.py    the other
 vocabulary.py            the model's tokens as bytes
 
 tools.py                 tool calls in a model's own notation, as a structural tag
+harmony.py               ... in that of gpt-oss, whose thoughts and answers have a notation, too
 grammars.py              the grammars of one model: vocabulary, compiler, constraints
 constraint.py            what limits one request, as the loop sees it
 masks.py                 the mask step

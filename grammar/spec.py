@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from errors import UserError
+from grammar.tag import TOOL_CALLS
+from grammar.tools import expand
 
 Kind = Literal["json_schema", "regex", "ebnf", "choices", "structural_tag"]
 
@@ -66,8 +68,11 @@ class Spec:
 
     @classmethod
     def structural_tag(cls, tag: str | dict[str, Any], any_whitespace: bool = True) -> "Spec":
-        """Text with tagged structured parts, in xgrammar's notation."""
-        return cls("structural_tag", _json_text("structural_tag", tag, (dict,)), any_whitespace)
+        """Text with tagged structured parts, in xgrammar's notation; and with tool calls (`grammar.tools.expand`)."""
+        text = _json_text("structural_tag", tag, (dict,))
+        if f'"{TOOL_CALLS}"' in text:
+            text = expand(text)
+        return cls("structural_tag", text, any_whitespace)
 
 
 def _text(name: str, value: Any) -> str:

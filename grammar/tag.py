@@ -1,5 +1,7 @@
 """xgrammar's structural tags, read as a list of the formats in them.
 
+One format is ours: "tool_calls", which stands for others until grammar.tools has put them there.
+
 python -m pytest tests/test_grammar_limits.py
 """
 
@@ -10,6 +12,7 @@ from typing import Any
 from errors import UserError
 from grammar.json_text import ROOT, Path
 
+TOOL_CALLS = "tool_calls"
 _LEAVES = frozenset(
     (
         "any_text",
@@ -21,6 +24,7 @@ _LEAVES = frozenset(
         "qwen_xml_parameter",
         "regex",
         "token",
+        TOOL_CALLS,
     )
 )
 _INNER = {  # type -> the field that holds the formats in it

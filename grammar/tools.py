@@ -10,11 +10,13 @@ known by what the chat template says.
 python -m pytest tests/test_grammar_tools.py
 """
 
+import json
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from errors import UserError
+from grammar import harmony, tag
 
 # xgrammar's name of a notation -> what is in every chat template that has it and in none of those below
 MARKS = {
@@ -32,6 +34,9 @@ MARKS = {
 }
 OTHERS = ("deepseek_v4", "deepseek_v4_1", "exaone", "kimi_k3", "mimo", "minimax_m3", "qwen_3_5")  # by name only
 NOTATIONS = (*MARKS, *OTHERS)
+ARGUMENTS = {"tools", "notation", "tool_choice", "parallel_tool_calls", "reasoning"}
+MAX_TOOLS = 128  # of a request
+MAX_CHARS = 256 << 10  # of tools, as JSON: a builder works in Python, and holds up whoever has the interpreter too
 NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 Reasoning = Literal["enabled", "disabled", "auto"]
@@ -65,21 +70,51 @@ def tool_tag(
         )
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise UserError(f"tools is a {type(tools).__name__}; it must be a list")
+    if len(tools) > MAX_TOOLS:
+        raise UserError(f"tools has {len(tools)} functions; {MAX_TOOLS} is the limit")
+    if reasoning not in get_args(Reasoning):
+        raise UserError(f"reasoning is {reasoning!r}; it must be one of {', '.join(get_args(Reasoning))}")
+    if not isinstance(parallel_tool_calls, bool):
+        raise UserError(f"parallel_tool_calls is {parallel_tool_calls!r}; it must be true or false")
     clean = [_function(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     names = [tool["function"]["name"] for tool in clean]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"tools has two functions of the name {name!r}")
+    choice = _choice(tool_choice, names)
+    if notation == "harmony":
+        return {"type": "structural_tag", "format": harmony.tool_format(clean, choice, reasoning != "disabled")}
     from xgrammar import get_model_structural_tag  # takes a second
 
-    choice = _choice(tool_choice, names)
     try:
-        tag = get_model_structural_tag(
+        built = get_model_structural_tag(
             notation, clean, choice, reasoning=reasoning, parallel_tool_calls=parallel_tool_calls
         )
-    except (ValueError, RecursionError) as error:  # pydantic's are among them
+        return built.model_dump(mode="json", exclude_none=True)
+    except (ValueError, RuntimeError) as error:  # pydantic's are among them; the second of what is nested too deeply
         raise UserError(f"tools cannot be used: {' '.join(str(error).split())}") from error
-    return tag.model_dump(mode="json", exclude_none=True)
+
+
+def expand(text: str) -> str:
+    """A structural tag with what each {"type": "tool_calls", "tools": ..., "notation": ...} in it stands for.
+
+    Its other fields are the arguments of `tool_tag`. So tools can be said by a process that has no xgrammar, next to
+    whatever else a text may be. UserError names what is wrong.
+    """
+    if len(text) > MAX_CHARS:
+        raise UserError(
+            f"tools have {len(text):,} characters, with what stands beside them; {MAX_CHARS:,} is the limit"
+        )
+    document = json.loads(text)
+    for part in tag.read(document):
+        if part.kind == tag.TOOL_CALLS:
+            asked = {name: value for name, value in part.fields.items() if name != "type"}
+            if unknown := asked.keys() - ARGUMENTS:
+                raise UserError(f"{part.path} has the field {min(unknown)!r}, which {tag.TOOL_CALLS} does not have")
+            built = tool_tag(asked.pop("tools", None), asked.pop("notation", None), **asked)
+            part.fields.clear()
+            part.fields |= built["format"]
+    return json.dumps(document, ensure_ascii=False)
 
 
 def _function(tool: Any, path: str) -> dict[str, Any]:

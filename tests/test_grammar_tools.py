@@ -212,6 +212,13 @@ def test_none_is_free_text(engine):
     assert calls(ask(engine, "none", temperature=0, stop=["<tool_call>"])) == []
 
 
+def nested(levels: int) -> dict:
+    schema = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -225,9 +232,56 @@ def test_none_is_free_text(engine):
         (dict(tool_choice="always"), "tool_choice is 'always'"),
         (dict(tool_choice={"type": "function", "function": {"name": "then"}}), "names 'then'; the tools are weather, now"),
         (dict(tools=[], tool_choice="required"), "there are no tools"),
-        (dict(reasoning="much"), "reasoning"),
+        (dict(reasoning="much"), "reasoning is 'much'; it must be one of"),
+        (dict(tools=[{"function": {"name": "a", "parameters": nested(900)}}]), "tools cannot be used"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(wrong, says):
     with pytest.raises(UserError, match=re.escape(says)):
         tool_tag(**({"tools": TOOLS, "notation": "qwen_3"} | wrong))
+
+
+# ---- tools inside of a structural tag
+
+
+def said(**fields) -> dict:
+    return {"type": "tool_calls", "notation": "qwen_3", "tools": TOOLS} | fields
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"tool_choice": "required", "reasoning": "disabled", "parallel_tool_calls": False}]
+)
+def test_a_format_stands_for_tools(fields):
+    spec = Spec.structural_tag({"type": "structural_tag", "format": said(**fields)})
+    assert json.loads(spec.text) == tool_tag(TOOLS, "qwen_3", **fields)
+
+
+def test_it_stands_beside_others(compiler):
+    form = {"type": "or", "elements": [{"type": "regex", "pattern": "[0-9]+"}, said(tool_choice="required")]}
+    tag = {"type": "structural_tag", "format": form}
+    assert takes(compiler, tag, "42") and takes(compiler, tag, CALLS["qwen_3"])
+    assert not takes(compiler, tag, "Oslo")
+    assert form["elements"][1]["type"] == "tool_calls"  # the caller's own is as it was
+
+
+def test_a_schema_may_speak_of_tool_calls():
+    schema = {"const": {"type": "tool_calls"}}
+    tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}}
+    assert json.loads(Spec.structural_tag(tag).text) == tag
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tools": None}, "tools is a NoneType"),
+        ({"tools": TOOLS * 65}, "tools has 130 functions; 128 is the limit"),
+        ({"tools": [{"function": {"name": "a", "parameters": {"title": "x" * 300_000}}}]}, "is the limit"),
+        ({"notation": []}, "the notation of tool calls is []"),
+        ({"reasoning": "much"}, "reasoning is 'much'"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls is 1"),
+        ({"other": 1}, "has the field 'other'"),
+    ],
+)
+def test_what_is_wrong_with_it_is_named(fields, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        Spec.structural_tag({"type": "structural_tag", "format": said(**fields)})
