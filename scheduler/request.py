@@ -22,6 +22,23 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256  # of one of them: each token's text is compared with every beginning of each
 MAX_SAMPLES = 128
 MAX_INT = 2**31 - 1
+RANGES = {  # of SamplingParams: the least and the most, where it is a number
+    "n": (1, MAX_SAMPLES),
+    "temperature": (0, 100),
+    "top_k": (0, MAX_INT),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "max_new_tokens": (0, MAX_INT),
+    "min_new_tokens": (0, MAX_INT),
+    "seed": (-(2**63), 2**63 - 1),
+    "logprobs": (0, TOP_LOGPROBS),
+    "prompt_logprobs": (0, TOP_LOGPROBS),
+    "logprob_start_len": (0, MAX_INT),
+}
+WHOLE = [name for name in RANGES if name not in ("temperature", "min_p", "presence_penalty", "frequency_penalty")]
+ABOVE_ZERO = {"top_p": 1, "repetition_penalty": 100}  # the most; the least is any that is above 0
+MOST_BIAS = 100
 
 
 @dataclass
@@ -63,42 +80,21 @@ class SamplingParams:
     allowed_tokens_fn: Callable[[list[int]], Sequence[int]] | None = None  # prompt + output ids -> what may come next
 
     def __post_init__(self) -> None:
-        whole = (
-            "n",
-            "top_k",
-            "seed",
-            "max_new_tokens",
-            "min_new_tokens",
-            "logprobs",
-            "prompt_logprobs",
-            "logprob_start_len",
-        )
-        for name in whole:
+        for name in WHOLE:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise UserError(f"{name} is {value!r}; it must be a whole number")
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         self.stop_token_ids = list(self.stop_token_ids)
-        _in_range("n", self.n, 1, MAX_SAMPLES)
-        _in_range("temperature", self.temperature, 0, 100)
-        _in_range("top_k", self.top_k, 0, MAX_INT)
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        _in_range("min_p", self.min_p, 0, 1)
-        if not 0 < self.repetition_penalty <= 100:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 100")
-        _in_range("presence_penalty", self.presence_penalty, -2, 2)
-        _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        if self.max_new_tokens is not None:
-            _in_range("max_new_tokens", self.max_new_tokens, 0, MAX_INT)
+        for name, (low, high) in RANGES.items():
+            value, default = getattr(self, name), getattr(SamplingParams, name)
+            if value is not None or default is not None:
+                _in_range(name, value, low, high)
+        for name, high in ABOVE_ZERO.items():
+            if not 0 < getattr(self, name) <= high:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0 and at most {high}")
         most = MAX_INT if self.max_new_tokens is None else self.max_new_tokens
         _in_range("min_new_tokens", self.min_new_tokens, 0, most)
-        if self.seed is not None:
-            _in_range("seed", self.seed, -(2**63), 2**63 - 1)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _in_range(name, getattr(self, name), 0, TOP_LOGPROBS)
-        _in_range("logprob_start_len", self.logprob_start_len, 0, MAX_INT)
         if self.logprob_start_len and self.prompt_logprobs is None:
             raise UserError(f"logprob_start_len is {self.logprob_start_len}, but prompt_logprobs is not given")
         if self.pooling not in (None, "mean", "last"):
@@ -108,7 +104,7 @@ class SamplingParams:
         if len(self.logit_bias) > MAX_BIAS:
             raise UserError(f"logit_bias has {len(self.logit_bias)} entries; {MAX_BIAS} is the limit")
         for value in self.logit_bias.values():
-            _in_range("a logit_bias value", value, -100, 100)
+            _in_range("a logit_bias value", value, -MOST_BIAS, MOST_BIAS)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise UserError(f"stop has {len(self.stop)} strings; {MAX_STOP_STRINGS} is the limit")
         longest = max(map(len, self.stop), default=0)

@@ -37,6 +37,18 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+class ModelNotFound(ApiError):
+    def __init__(self, asked: str, served: str):
+        message = f"there is no model {asked!r}; this server has {served!r}"
+        super().__init__(404, message, param="model", code="model_not_found")
+
+    @classmethod
+    def unless_served(cls, asked: str | None, served: str) -> None:
+        """Who names no model gets the one that there is."""
+        if asked not in (None, served):
+            raise cls(asked, served)
+
+
 class ServerBusy(ApiError):
     """There is no room now; there will be."""
 
@@ -71,19 +83,34 @@ def api_error(error: BaseException) -> ApiError:
         case UserError():
             return ApiError(400, str(error))
         case RequestValidationError():
-            found = [(field_path(problem["loc"][1:], error.body), problem) for problem in error.errors()]
+            found = [(field_path(problem["loc"], error.body), problem) for problem in error.errors()]
             path, problem = max(found, key=lambda pair: len(pair[0]))  # of several forms, the one that was nearly met
-            param = ".".join(map(str, path)) or None
-            return ApiError(400, describe(problem | {"loc": path}), param=param)
+            if (message := body_problem(problem, error.body)) is not None:
+                return ApiError(400, message)
+            return ApiError(400, describe(problem | {"loc": path}), param=".".join(map(str, path)) or None)
+        case HTTPException(status_code=400):  # FastAPI's, of a body that it cannot even decode
+            return ApiError(400, "the body is not JSON in UTF-8")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         case _:
             return ApiError(500, "the server has a bug; its log says more", code="internal_error")
 
 
+def body_problem(problem: dict[str, Any], body: Any) -> str | None:
+    """What is wrong with a body as a whole, if something is."""
+    if problem["type"] == "json_invalid":
+        return f"the body is not valid JSON: {problem['ctx']['error']}"
+    if isinstance(body, bytes):
+        return "the body is taken as JSON only if it is sent with Content-Type: application/json"
+    return None
+
+
 def field_path(loc: Sequence[str | int], body: Any) -> list[str | int]:
-    """Where in the body it is: pydantic's `loc` without the names of the forms that were tried there."""
+    """Where in the body it is, or in the query: pydantic's `loc` without the names of the forms that were tried there."""
     path: list[str | int] = []
+    where, *loc = loc
+    if where != "body":
+        return loc
     for i, key in enumerate(loc, 1):
         inside = isinstance(body, dict) and key in body
         if inside or (isinstance(body, list) and isinstance(key, int) and key < len(body)):

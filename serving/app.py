@@ -5,11 +5,12 @@
 `client` may be anything with EngineClient's methods; the routes hold no engine. There are no pages with documentation, because
 FastAPI's load their scripts from elsewhere; /openapi.json is there.
 
-    python -m pytest tests/test_server_routes.py
+    python -m pytest tests/test_server_schema.py
 """
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import lru_cache
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +22,7 @@ from serving import native_api, openai_api, page
 from serving.api_errors import ApiError, error_response
 from serving.client import EngineClient
 from serving.gate import Gate
+from serving.openapi import document
 from serving.settings import Settings
 from tokenizer import Tokenizer
 
@@ -41,6 +43,7 @@ def make_app(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> 
         app.add_exception_handler(kind, _say)
     for router in ROUTERS:
         app.include_router(router(client, tokenizer, settings))
+    app.openapi = lru_cache(lambda: document(app, settings))
     app.mount("/web", page.files())
     app.add_middleware(Gate, settings=settings)
     if settings.cors_origins:  # outermost: a browser asks first without the key

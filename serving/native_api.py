@@ -16,89 +16,45 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import Field
 
 from errors import UserError
 from scheduler.request import TokenLogprob
 from serving.answers import Answer
-from serving.api_errors import ApiError, EngineDown, api_error
+from serving.api_errors import ApiError, EngineDown, ModelNotFound, api_error
 from serving.client import EngineClient
 from serving.messages import Delta
-from serving.params import FirstOnly, Ids, Params, StrictModel, Texts
+from serving.native_protocol import (
+    AbortRequest,
+    Detokenized,
+    DetokenizeRequest,
+    EngineState,
+    Flushed,
+    Generated,
+    GenerateRequest,
+    Health,
+    ModelInfo,
+    ServerInfo,
+    Success,
+    Tokenized,
+    TokenizeRequest,
+)
+from serving.openapi import answers
 from serving.settings import Settings
 from tokenizer import Tokenizer
 
-MAX_NEW_TOKENS = 128  # where a request does not say (SGLang)
 HEALTH_SECONDS = 20.0  # that /health_generate waits for a token
 STATS_SECONDS = 5.0  # that /metrics and /server_info wait for the engine, which answers between two steps
 SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class SGLangParams(Params):
-    """sampling_params: Folio's own, and what SGLang calls otherwise."""
-
-    sampling_seed: int | None = None  # seed
-    no_stop_trim: Literal[False] = False
-    spaces_between_special_tokens: Literal[True] = True
-
-    def translated(self) -> dict[str, Any]:
-        """As fields of SamplingParams."""
-        values = {name: getattr(self, name) for name in self.model_fields_set}
-        if "logprobs" in values:
-            raise UserError("sampling_params.logprobs is not a field here; use return_logprob and top_logprobs_num")
-        for name, instead in (("prompt_logprobs", "logprob_start_len"), ("pooling", "/v1/embeddings")):
-            if name in values:
-                raise UserError(f"sampling_params.{name} is not a field here; use {instead}")
-        if (seed := values.pop("sampling_seed", None)) is not None:
-            values["seed"] = seed
-        values.pop("no_stop_trim", None)
-        values.pop("spaces_between_special_tokens", None)
-        if values.get("top_k") == -1:
-            values["top_k"] = 0
-        return {"max_new_tokens": MAX_NEW_TOKENS} | values
-
-
-class GenerateRequest(StrictModel):
-    text: str | Texts | None = None
-    input_ids: Ids | Annotated[list[Ids], FirstOnly()] | None = None
-    sampling_params: SGLangParams | Annotated[list[SGLangParams], FirstOnly()] = Field(default_factory=SGLangParams)
-    rid: str | Texts | None = None
-    stream: bool = False
-    return_logprob: bool = False
-    logprob_start_len: int = Field(-1, ge=-1)  # of the prompt's tokens, from here on; -1: of the output only
-    top_logprobs_num: int = 0
-    return_text_in_logprobs: bool = False
-    priority: int = 0
-    cache_salt: str | None = None
-    lora_path: None = None  # clients send these as null
-    image_data: None = None
-
-
-class AbortRequest(StrictModel):
-    rid: str = ""
-    abort_all: bool = False
-
-
-class TokenizeRequest(StrictModel):
-    prompt: str | Texts
-    add_special_tokens: bool = True
-    model: str | None = None
-
-
-class DetokenizeRequest(StrictModel):
-    tokens: Ids | Annotated[list[Ids], FirstOnly()]
-    skip_special_tokens: bool = True
-    model: str | None = None
-
-
 def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/generate")
+    @routes.post("/generate", **answers(Generated | list[Generated], 400, 503, stream=True))
     async def generate(asked: GenerateRequest) -> Response:
         """Complete a text or token ids, one or a batch; whole, or as server-sent events."""
         batch = await Batch.submit(asked, client, tokenizer, settings)
@@ -108,13 +64,13 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
         first = await anext(events)  # what the engine refuses is a status, not an event
         return StreamingResponse(_sse(first, events), media_type="text/event-stream", headers=SSE)
 
-    @routes.get("/flush_cache")
-    @routes.post("/flush_cache")
+    @routes.get("/flush_cache", **answers(Flushed, 503))
+    @routes.post("/flush_cache", **answers(Flushed, 503))
     async def flush_cache() -> Response:
         """Drop all cached prefixes that nobody runs on."""
         return JSONResponse({"success": True, "pages_held": await client.flush()})
 
-    @routes.post("/abort_request")
+    @routes.post("/abort_request", **answers(Success, 400))
     async def abort_request(asked: AbortRequest) -> Response:
         """End a request by its rid, or all. One that is unknown, or has ended: nothing happens."""
         if bool(asked.rid) == asked.abort_all:
@@ -122,9 +78,10 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
         client.abort_all() if asked.abort_all else client.abort(asked.rid)
         return JSONResponse({"success": True})
 
-    @routes.get("/get_model_info")
-    @routes.get("/model_info")
+    @routes.get("/get_model_info", **answers(ModelInfo))
+    @routes.get("/model_info", **answers(ModelInfo))
     async def model_info() -> Response:
+        """The model, and its limits."""
         facts = client.model
         return JSONResponse(
             {
@@ -140,25 +97,31 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
             }
         )
 
-    @routes.get("/server_info")
-    @routes.get("/get_server_info")
+    @routes.get("/server_info", **answers(ServerInfo, 400, 503))
+    @routes.get("/get_server_info", **answers(ServerInfo, 400, 503))
     async def server_info(check: bool = False) -> Response:
         """What runs here, and its gauges. check=true: prove first that no page of the cache is lost."""
         async with _in_time():
             stats = await client.stats(check)
-        state = asdict(stats) | {"last_gen_throughput": stats.tokens_per_second, "engine_pid": client.pid}
-        names = {"tokenizer_path": client.model.checkpoint, "served_model_name": settings.served_model_name}
-        counts = {"open_requests": client.open_requests, "engine_restarts": client.restarts}
-        return JSONResponse(asdict(client.model) | names | counts | {"internal_states": [state]})
+        state = EngineState(**asdict(stats), last_gen_throughput=stats.tokens_per_second, engine_pid=client.pid)
+        info = ServerInfo(
+            **asdict(client.model),
+            tokenizer_path=client.model.checkpoint,
+            served_model_name=settings.served_model_name,
+            open_requests=client.open_requests,
+            engine_restarts=client.restarts,
+            internal_states=[state],
+        )
+        return JSONResponse(asdict(info))
 
-    @routes.get("/health")
+    @routes.get("/health", **answers(Health, 503, tag="Health"))
     async def health() -> Response:
         """Is there an engine that takes requests? The one route that needs no key."""
         if not client.healthy:
             raise EngineDown(client.why_unhealthy)
         return JSONResponse({"status": "ok"})
 
-    @routes.get("/health_generate")
+    @routes.get("/health_generate", **answers(Health, 503, tag="Health"))
     async def health_generate() -> Response:
         """The same, proved: a token is made."""
         prompt = [client.model.eos_token_ids[0] if client.model.eos_token_ids else 0]
@@ -168,9 +131,10 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
                 pass
         return JSONResponse({"status": "ok"})
 
-    @routes.post("/tokenize")
+    @routes.post("/tokenize", **answers(Tokenized, 400, 404))
     async def tokenize(asked: TokenizeRequest) -> Response:
         """Text, or several, as token ids."""
+        ModelNotFound.unless_served(asked.model, settings.served_model_name)
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         _refuse_if_many("prompt", prompts, settings.max_prompts)
         ids = [await asyncio.to_thread(tokenizer.encode, prompt, asked.add_special_tokens) for prompt in prompts]
@@ -179,16 +143,17 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
         answer = {"tokens": ids[0] if one else ids, "count": count[0] if one else count}
         return JSONResponse(answer | {"max_model_len": client.model.max_model_len})
 
-    @routes.post("/detokenize")
+    @routes.post("/detokenize", **answers(Detokenized, 400, 404))
     async def detokenize(asked: DetokenizeRequest) -> Response:
         """Token ids, or several lists of them, as text."""
+        ModelNotFound.unless_served(asked.model, settings.served_model_name)
         many = bool(asked.tokens) and isinstance(asked.tokens[0], list)
         lists = asked.tokens if many else [asked.tokens]
         _refuse_if_many("tokens", lists, settings.max_prompts)
         texts = [await asyncio.to_thread(tokenizer.decode, ids, asked.skip_special_tokens) for ids in lists]
         return JSONResponse({"text": texts if many else texts[0]})
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", **answers(kind="text/plain", tag="Health"))
     async def metrics() -> Response:
         """For Prometheus."""
         try:

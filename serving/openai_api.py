@@ -24,7 +24,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from errors import UserError
-from serving.api_errors import ApiError, api_error
+from serving.api_errors import ApiError, ModelNotFound, api_error
 from serving.chat import Chats
 from serving.messages import Delta
 from serving.native_api import SSE
@@ -32,6 +32,7 @@ from serving.openai_answers import ChatChoice, CompletionChoice, Tally, embeddin
 from serving.openai_protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, refused
 from serving.openai_route import NamingRoute
 from serving.openai_shapes import ChatCompletion, Completion, Embeddings, Model, Models
+from serving.openapi import answers
 from serving.settings import Settings
 from tokenizer import Tokenizer
 
@@ -66,7 +67,7 @@ class Job:
 
 def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRouter:
     """The routes, for an app that renders ApiError. UserError for a parser that there is not."""
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=NamingRoute)
+    routes = APIRouter(prefix="/v1", route_class=NamingRoute)
     chats = Chats(tokenizer, settings.tool_call_parser, settings.reasoning_parser)
     name, created = settings.served_model_name, int(time.time())
 
@@ -74,9 +75,13 @@ def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRoute
         length = client.model.max_model_len
         return {"id": name, "object": "model", "created": created, "owned_by": "folio", "max_model_len": length}
 
-    @routes.post("/chat/completions", responses={200: {"model": ChatCompletion}}, response_class=Response)
+    def says(model: Any, *statuses: int, stream: bool = False) -> dict[str, Any]:
+        return answers(model, *statuses, stream=stream, tag="OpenAI")
+
+    @routes.post("/chat/completions", **says(ChatCompletion, 400, 404, 503, stream=True))
     async def chat_completions(body: ChatRequest) -> Response:
-        _check_model(body.model, name)
+        """Answer a chat; whole, or as server-sent events."""
+        ModelNotFound.unless_served(body.model, name)
         with _naming(body):
             prompt = await run_in_threadpool(chats.prompt, body)
         id = body.rid or f"chatcmpl-{uuid.uuid4().hex}"
@@ -84,9 +89,10 @@ def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRoute
         answer = Answer("chat.completion", id, name, body, choices)
         return await answer.respond(client, [Job(id, prompt.ids, prompt.params)])
 
-    @routes.post("/completions", responses={200: {"model": Completion}}, response_class=Response)
+    @routes.post("/completions", **says(Completion, 400, 404, 503, stream=True))
     async def completions(body: CompletionRequest) -> Response:
-        _check_model(body.model, name)
+        """Complete one prompt or several; whole, or as server-sent events."""
+        ModelNotFound.unless_served(body.model, name)
         id = body.rid or f"cmpl-{uuid.uuid4().hex}"
         with _naming(body):
             prompts = await run_in_threadpool(_encoded, body, tokenizer, settings.max_prompts)
@@ -99,9 +105,10 @@ def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRoute
         ]
         return await Answer("text_completion", id, name, body, choices).respond(client, jobs)
 
-    @routes.post("/embeddings", responses={200: {"model": Embeddings}}, response_class=Response)
+    @routes.post("/embeddings", **says(Embeddings, 400, 404, 499, 503))
     async def embeddings(body: EmbeddingRequest) -> Response:
-        _check_model(body.model, name)
+        """What the model's last layer makes of a prompt, at length 1."""
+        ModelNotFound.unless_served(body.model, name)
         id, tally = body.rid or f"embd-{uuid.uuid4().hex}", Tally()
         with _naming(body):
             prompts = await run_in_threadpool(_encoded, body, tokenizer, settings.max_prompts)
@@ -118,13 +125,15 @@ def router(client: Client, tokenizer: Tokenizer, settings: Settings) -> APIRoute
         usage = {"prompt_tokens": count, "total_tokens": count}
         return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
-    @routes.get("/models", responses={200: {"model": Models}})
-    async def models() -> JSONResponse:
+    @routes.get("/models", **says(Models))
+    async def models() -> Response:
+        """The models that can be asked: one."""
         return JSONResponse({"object": "list", "data": [model()]})
 
-    @routes.get("/models/{asked:path}", responses={200: {"model": Model}})
-    async def one_model(asked: str) -> JSONResponse:
-        _check_model(asked, name)
+    @routes.get("/models/{asked:path}", **says(Model, 404))
+    async def one_model(asked: str) -> Response:
+        """That model, by its name."""
+        ModelNotFound.unless_served(asked, name)
         return JSONResponse(model())
 
     return routes
@@ -255,13 +264,6 @@ def _encoded(
 def _jobs(id: str, prompts: list[tuple[str, list[int]]], params: dict[str, Any]) -> list[Job]:
     """One for each prompt; where there are several, they are numbered."""
     return [Job(id if len(prompts) == 1 else f"{id}-{i}", ids, params) for i, (_, ids) in enumerate(prompts)]
-
-
-def _check_model(asked: str | None, served: str) -> None:
-    if asked not in (None, served):
-        raise ApiError(
-            404, f"there is no model {asked!r}; this server has {served!r}", param="model", code="model_not_found"
-        )
 
 
 @contextmanager

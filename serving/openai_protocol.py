@@ -14,14 +14,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 from errors import UserError
+from grammar.tools import MAX_TOOLS
 from scheduler.request import MAX_SAMPLES
 from serving.api_errors import ApiError
+from serving.fields import describe_fields
 from serving.params import FirstOnly, few_fields
 
 MAX_TEXT_FIELD = 256  # characters of a salt, a name
 MAX_LIST = 1024  # stop strings, stop ids, choices; what the engine allows is less, and said by it
 MAX_MESSAGES = 8192
-MAX_TOOLS = 128
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions; a chat may fill the context
 
 
@@ -52,7 +53,7 @@ Prompt = Text | Texts | Ids | Annotated[list[Ids], FirstOnly()]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, json_schema_extra=describe_fields)
     _few = model_validator(mode="before")(few_fields)
 
 

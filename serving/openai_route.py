@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from serving.api_errors import ApiError
+from serving.api_errors import ApiError, body_problem
 
 
 class NamingRoute(APIRoute):
@@ -30,11 +30,9 @@ class NamingRoute(APIRoute):
 
 def refusal(errors: list[dict[str, Any]], body: Any) -> ApiError:
     """The first thing that is wrong; where a field may have several forms, with the one that was nearly met."""
-    if isinstance(body, bytes):
-        return ApiError(400, "the body is taken as JSON only if it is sent with Content-Type: application/json")
     found = max(errors, key=lambda error: len(_path(error, body)))
-    if found["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {found['ctx']['error']}")
+    if (message := body_problem(found, body)) is not None:
+        return ApiError(400, message)
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in _path(found, body))
     param = param.removeprefix(".")
     match found["type"]:

@@ -24,6 +24,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from serving.client import EngineClient
+from serving.openapi import answers
 from serving.settings import Settings
 from snapshot import Snapshot
 from tokenizer import Tokenizer
@@ -51,8 +52,7 @@ def files() -> StaticFiles:
 
 
 def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> APIRouter:
-    """No route of it is in /openapi.json: one is for people, the other has no end."""
-    routes = APIRouter(include_in_schema=False)
+    routes = APIRouter()
 
     @lru_cache(maxsize=4096)
     def text_of(ids: tuple[int, ...]) -> str:
@@ -65,12 +65,13 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
             node["text"] = text_of(tuple(node.pop("first")))
         return content
 
-    @routes.get("/")
-    async def page() -> FileResponse:
+    @routes.get("/", **answers(kind="text/html", tag="Page"))
+    async def page() -> Response:
+        """The page."""
         return FileResponse(WEB / "index.html", headers=HEADERS)
 
-    @routes.get("/debug/events")
-    async def events(request: Request) -> StreamingResponse:
+    @routes.get("/debug/events", **answers(None, 503, stream=True, tag="Page"))
+    async def events(request: Request) -> Response:
         """Events `model` (once), `snapshot` (a few times a second) and `away` (while there is no engine), until the reader goes."""
         client.watchers.refuse_if_full()
         return StreamingResponse(stream(request.app.state.stopping), media_type="text/event-stream", headers=SSE)

@@ -24,6 +24,7 @@ from pydantic import (
 
 from errors import UserError
 from scheduler.request import SamplingParams
+from serving.fields import describe_fields
 
 MAX_FIELDS = 512  # of an object
 
@@ -68,7 +69,7 @@ def _fields() -> dict[str, Any]:
 class StrictModel(BaseModel):
     """A field that is unknown is refused, and so is "1" where a number should be."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=describe_fields)
     _few = model_validator(mode="before")(few_fields)
 
 

@@ -238,6 +238,8 @@ def test_a_field_that_is_wrong_is_named(http, body, param):
         ({"text": "x", "return_logprob": True, "top_logprobs_num": 21}, "logprobs"),
         ({"text": "x", "sampling_params": {"logprobs": 2}}, "return_logprob"),
         ({"text": "x", "sampling_params": {"n": 129}}, "n is 129"),
+        ({"text": "x", "sampling_params": {"seed": 1, "sampling_seed": 2}}, "seed and sampling_seed are the same"),
+        ({"text": "x", "sampling_params": {"logprob_start_len": 2}}, "stands beside sampling_params"),
         ({"text": "x", "sampling_params": {"stop": ["a"] * 17}}, "stop"),
         ({"text": "x", "sampling_params": {"stop": "a" * 300}}, "stop"),
         ({"text": "x", "sampling_params": {"logit_bias": dict.fromkeys(map(str, range(301)), 1)}}, "logit_bias"),
@@ -256,9 +258,25 @@ def test_other_routes_refuse_likewise(http):
     assert "limit" in refused(http, "/detokenize", {"tokens": [[]] * 257})["message"]
     assert "vocabulary" in refused(http, "/detokenize", {"tokens": [5000]})["message"]
     assert "rid or abort_all" in refused(http, "/abort_request", {})["message"]
+    assert http.get("/server_info?check=maybe").json()["error"]["param"] == "check"
+    assert refused(http, "/tokenize", {"prompt": "a", "model": "other"}, 404)["param"] == "model"
     assert refused(http, "/nothing", {}, 404)["type"] == "not_found_error"
     assert http.get("/generate").status_code == 405 and "error" in http.get("/generate").json()
     assert refused(http, "/generate", {"text": "x" * 2**20}, 413)["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("content", "kind", "says"),
+    [
+        (b'{"text": "a', "application/json", "the body is not valid JSON: "),
+        (b'{"text": "\xff"}', "application/json", "the body is not JSON in UTF-8"),
+        (b'{"text": "a"}', "text/plain", "only if it is sent with Content-Type: application/json"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_so(http, path, content, kind, says):
+    response = http.post(path, content=content, headers={"Content-Type": kind})
+    assert response.status_code == 400 and says in response.json()["error"]["message"]
 
 
 def test_a_batch_with_one_wrong_prompt_leaves_nothing_behind(http):
