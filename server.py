@@ -30,7 +30,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="how the model says a tool call (default: as its chat template tells)",
     )
-    parser.add_argument("--reasoning-parser", metavar="NAME", default="off", help="how it says thoughts (default: off)")
+    parser.add_argument(
+        "--reasoning-parser", metavar="NAME", help="how it says thoughts (default: gpt-oss if it is one, else off)"
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-queue", type=int, default=1024, help="sequences that may wait (default: 1024)")
     limits.add_argument("--max-body-mb", type=float, default=8.0, help="of a request (default: 8)")

@@ -4,12 +4,12 @@ settings.py        what the command line says, for whoever asks
 app.py             the FastAPI application: routes, errors, the gate
 gate.py            in front of every route: key, body limit, deadline, clients that leave
 api_errors.py      every failure as the OpenAI API's error object
-native_api.py      the routes that SGLang has
+openapi.py         the server's own description; fields.py: what each field means, and its limits
+native_api.py      the routes that SGLang has; native_protocol.py: what they take and say
 openai_api.py      the routes that OpenAI has; openai_protocol.py: what they take; openai_answers.py, openai_shapes.py, logprobs.py:
                    what they say; openai_route.py: how they refuse
 chat.py            a chat becomes a prompt, with what its answer must be
-tool_calls.py      calls out of a model's text
-reasoning.py       thoughts out of it
+reader.py          a model's text taken apart: tool_calls.py takes out calls, reasoning.py thoughts; harmony.py both, of gpt-oss
 page.py            the page, and the events that it lives from
 metrics.py         /metrics
 params.py          sampling parameters as JSON

@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError
+from grammar import harmony as harmony_format
 from grammar import tag
-from grammar.tools import tool_notation, tool_tag
-from serving import reasoning
+from grammar.tools import tool_notation
+from serving import harmony, reasoning
 from serving.api_errors import ApiError
+from serving.harmony import Harmony
 from serving.openai_protocol import ChatRequest, json_text
+from serving.reader import Reader, ThoughtsThenCalls
 from serving.reasoning import Reasoning
 from serving.tool_calls import ALIASES, NOTATIONS, ToolCalls
 from tokenizer import Tokenizer
 
+HARMONY = "harmony"  # the notation's name
 TEXT_ARGUMENTS = ("deepseek_r1", "deepseek_v3_1")  # whose templates write a call's arguments out as text
 # variables of a template
 OURS = frozenset(("messages", "tools", "add_generation_prompt", "reasoning_effort", "documents"))
@@ -40,20 +44,23 @@ class Prompt:
 class Chats:
     """The chats of one checkpoint. UserError for a parser that there is not."""
 
-    def __init__(self, tokenizer: Tokenizer, tool_call_parser: str | None = None, reasoning_parser: str = "off"):
-        """tool_call_parser: how the model says calls (default: as its chat template tells). reasoning_parser: reasoning.PARSERS."""
-        if tool_call_parser is not None and tool_call_parser not in NOTATIONS:
-            raise UserError(
-                f"tool_call_parser is {tool_call_parser!r}; it must be one of {', '.join(sorted(NOTATIONS))}"
-            )
-        if reasoning_parser not in reasoning.PARSERS:
-            raise UserError(
-                f"reasoning_parser is {reasoning_parser!r}; it must be one of {', '.join(reasoning.PARSERS)}"
-            )
+    def __init__(self, tokenizer: Tokenizer, tool_call_parser: str | None = None, reasoning_parser: str | None = None):
+        """How the model says calls and thoughts. None: as its chat template tells; of thoughts only gpt-oss's does."""
+        _refuse_unknown("tool_call_parser", tool_call_parser, {*NOTATIONS, HARMONY, *harmony.PARSERS})
+        _refuse_unknown("reasoning_parser", reasoning_parser, {*reasoning.PARSERS, *harmony.PARSERS})
         self.tokenizer, self.template = tokenizer, tokenizer.chat_template or ""
-        notation = tool_call_parser or tool_notation(self.template)
-        self.notation = ALIASES.get(notation, notation) if notation in NOTATIONS else None
-        self.thinks = reasoning_parser
+        notation = tool_call_parser or (
+            HARMONY if reasoning_parser in harmony.PARSERS else tool_notation(self.template)
+        )
+        notation = HARMONY if notation in harmony.PARSERS else ALIASES.get(notation, notation)
+        self.notation = notation if notation in NOTATIONS or notation == HARMONY else None
+        self.harmony = notation == HARMONY
+        self.thinks = reasoning_parser or (harmony.PARSERS[0] if self.harmony else "off")
+        if self.harmony != (self.thinks in harmony.PARSERS):
+            raise UserError(
+                f"tool_call_parser is {tool_call_parser or self.notation} and reasoning_parser is {self.thinks}; gpt-oss says "
+                "calls and thoughts in one format, and both must be gpt-oss"
+            )
         self._control = {tokenizer.backend.id_to_token(i) for i in tokenizer.special_ids}
 
     def prompt(self, body: ChatRequest) -> Prompt:
@@ -61,6 +68,7 @@ class Chats:
         params = body.params()
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.calls_tools else []
         messages = [message.for_template(self.notation in TEXT_ARGUMENTS) for message in body.messages]
+        messages = list(map(harmony.for_template, messages)) if self.harmony else messages
         text = self.tokenizer.render_chat(messages, tools or None, **self._variables(body))
         begun = reasoning.thought_begun(text)
         if begun is None and reasoning.THINKS_AT_ONCE.get(self.thinks):
@@ -68,16 +76,20 @@ class Chats:
         if tools:
             self._limit_calls(params, body, tools, begun)
         elif self.thinks != "off" and (form := _take_format(params)) is not None:
-            params["structural_tag"] = json_text(_tag(self._behind_thought(form, begun)), "response_format")
-        if self.thinks != "off" and self._control & {reasoning.BEGIN, reasoning.END}:
+            params["structural_tag"] = json_text(
+                _tag(self._behind_thought(self._answer(form), begun)), "response_format"
+            )
+        if self.harmony or (self.thinks != "off" and self._control & {reasoning.BEGIN, reasoning.END}):
             params["skip_special_tokens"] = False
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return Prompt(ids, params, tools, begun)
 
-    def readers(self, prompt: Prompt) -> tuple[Reasoning | None, ToolCalls | None]:
-        """What takes the thought and the calls out of one text; None where the request has none."""
+    def reader(self, prompt: Prompt) -> Reader:
+        """What takes the thought and the calls out of one text."""
+        if self.harmony:
+            return Harmony(prompt.tools)
         thinking = None if self.thinks == "off" else Reasoning(self.thinks, prompt.thought_begun)
-        return thinking, ToolCalls(self.notation, prompt.tools) if prompt.tools else None
+        return ThoughtsThenCalls(thinking, ToolCalls(self.notation, prompt.tools) if prompt.tools else None)
 
     def _variables(self, body: ChatRequest) -> dict[str, Any]:
         """What a request gives to the template. ApiError for a name that the template does not have."""
@@ -96,26 +108,34 @@ class Chats:
         self, params: dict[str, Any], body: ChatRequest, tools: list[dict[str, Any]], begun: bool | None
     ) -> None:
         """Put into `params` what keeps the answer to these tools, and to what else it must be."""
+        if self.notation is None:
+            raise UserError("tools: this model's chat template has no tool calls of a known notation")
         choice = body.tool_choice or "auto"
         choice = choice if isinstance(choice, str) else choice.model_dump()
-        parallel = body.parallel_tool_calls is not False
         either = _take_format(params) if choice == "auto" else None
         if choice != "auto":
             _take_format(params)  # the answer is a call, and nothing beside it
-        if either is None:
-            thinks = self.thinks != "off" or reasoning.BEGIN in self.template
-            mode = "enabled" if begun else "auto" if begun is None and thinks else "disabled"
-            document = tool_tag(tools, self.notation, tool_choice=choice, parallel_tool_calls=parallel, reasoning=mode)
-        else:
-            calls = tool_tag(
-                tools, self.notation, tool_choice="required", parallel_tool_calls=parallel, reasoning="disabled"
-            )
-            document = _tag(self._behind_thought({"type": "or", "elements": [either, calls["format"]]}, begun))
-        params["structural_tag"] = json_text(document, "tools")
-        if any(token in text for text in tag.spelled(document) for token in self._control):
-            params["skip_special_tokens"] = False  # the calls are told by them
+        thinks = self.thinks != "off" or reasoning.BEGIN in self.template
+        form = {
+            "type": tag.TOOL_CALLS,
+            "notation": self.notation,
+            "tools": [_bare(tool) for tool in tools],
+            "tool_choice": choice,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "reasoning": "enabled" if begun else "auto" if begun is None and thinks else "disabled",
+        }
+        if either is not None:  # both stand behind the thought
+            form |= {"tool_choice": "required", "reasoning": "disabled"}
+            form = self._behind_thought({"type": "or", "elements": [self._answer(either), form]}, begun)
+        params["structural_tag"] = json_text(_tag(form), "tools")
+        params["skip_special_tokens"] = False  # some notations have them; a grammar allows no others
+
+    def _answer(self, form: dict[str, Any]) -> dict[str, Any]:
+        return harmony_format.answer(form) if self.harmony else form
 
     def _behind_thought(self, form: dict[str, Any], begun: bool | None) -> dict[str, Any]:
+        if self.harmony:
+            return harmony_format.behind_thoughts(form)
         if begun is False or self.thinks == "off":
             return form
         marks = [reasoning.BEGIN, reasoning.END]
@@ -123,6 +143,17 @@ class Chats:
         thought = {"type": "tag", "begin": "" if begun else reasoning.BEGIN, "content": free, "end": reasoning.END}
         thought = thought if begun else {"type": "optional", "content": thought}
         return {"type": "sequence", "elements": [thought, {"type": "regex", "pattern": r"\n{0,2}"}, form]}
+
+
+def _bare(tool: dict[str, Any]) -> dict[str, Any]:
+    """What a grammar needs of a tool."""
+    function = {name: value for name, value in tool["function"].items() if name != "description"}
+    return {"type": "function", "function": function}
+
+
+def _refuse_unknown(name: str, value: str | None, known: set[str]) -> None:
+    if value is not None and value not in known:
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(sorted(known))}")
 
 
 def _tag(form: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class ChatChoice:
 
     def __init__(self, index: int, chats: Chats, prompt: Prompt):
         self.index = index
-        self.thinking, self.calls = chats.readers(prompt)
+        self._reader = chats.reader(prompt)
         self._tokenizer = chats.tokenizer
         self._message: dict[str, Any] = {"role": "assistant", "content": None}
         self._logprobs: list[Any] | None = None
@@ -69,7 +69,7 @@ class ChatChoice:
         self._keep(message, logprobs)
         chunks = [self._chunk(message or {"content": ""}, logprobs)] if message or logprobs else []
         if delta.finish_reason is not None:
-            called = self.calls is not None and self.calls.calls > 0 and delta.finish_reason == "stop"
+            called = self._reader.calls > 0 and delta.finish_reason == "stop"
             self._finish_reason = "tool_calls" if called else delta.finish_reason
             chunks.append(self._chunk({}, finish_reason=self._finish_reason))
         return chunks
@@ -90,15 +90,12 @@ class ChatChoice:
 
     def _read(self, delta: Delta) -> Message:
         """Text -> thought, answer and calls."""
-        ended = delta.finish_reason is not None
-        thought, text = ("", delta.text) if self.thinking is None else self.thinking.add(delta.text)
-        if ended and self.thinking is not None:
-            thought, text = (a + b for a, b in zip((thought, text), self.thinking.finish(), strict=True))
-        pieces: list[str | CallDelta] = [text] if self.calls is None else self.calls.add(text)
-        if ended and self.calls is not None:
-            pieces += self.calls.finish()
+        parts = [self._reader.add(delta.text)]
+        if delta.finish_reason is not None:
+            parts.append(self._reader.finish())
+        pieces = [piece for part in parts for piece in part.pieces]
         message: Message = {}
-        if thought:
+        if thought := "".join(part.thought for part in parts):
             message["reasoning_content"] = thought
         if content := "".join(piece for piece in pieces if isinstance(piece, str)):
             message["content"] = content

@@ -12,4 +12,4 @@ class Settings:
     request_timeout: float = 600.0  # seconds, the wait in the queue included
     cors_origins: tuple[str, ...] = ()  # web pages from elsewhere that may ask
     tool_call_parser: str | None = None  # how the model says a tool call; None: as its chat template tells
-    reasoning_parser: str = "off"  # how it says its thoughts
+    reasoning_parser: str | None = None  # how it says its thoughts; None: as its chat template tells

@@ -164,13 +164,17 @@ NOTATIONS = {
 ALIASES = {"hermes": "qwen_3"}  # names that grammar/tools.py does not have
 
 
+def new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
 class ToolCalls:
     """Parses one text. `tools` as in the request."""
 
-    def __init__(self, notation: str, tools: Sequence[dict[str, Any]], new_id: Callable[[], str] | None = None):
+    def __init__(self, notation: str, tools: Sequence[dict[str, Any]], new_id: Callable[[], str] = new_call_id):
         self._notation = NOTATIONS[notation]
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-        self._new_id = new_id or (lambda: f"call_{uuid.uuid4().hex[:24]}")
+        self._new_id = new_id
         self._held = ""
         self._pieces: list[str | CallDelta] = []
         self._state: Callable[[], bool] = self._text

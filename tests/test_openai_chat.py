@@ -157,7 +157,7 @@ def test_it_holds_behind_the_thought(
 
 def test_a_call_that_is_required_leaves_no_room_for_a_schema(tokenizer, compiler):
     prompt = ask(Chats(tokenizer), tools=TOOLS, tool_choice="required", **NUMBER)
-    assert prompt.params.keys() == {"max_new_tokens", "logprobs", "structural_tag"}
+    assert prompt.params.keys() == {"max_new_tokens", "logprobs", "structural_tag", "skip_special_tokens"}
     assert takes(compiler, prompt, CALL) and not takes(compiler, prompt, "42")
 
 
@@ -167,7 +167,6 @@ def test_control_tokens_that_tell_a_call_are_text(tokenizer):
     spoken = Chats(Tokenizer(backend, {}, {"default": TEMPLATE.replace("thought", "''")}))
     assert ask(spoken, tools=TOOLS).params["skip_special_tokens"] is False
     assert "skip_special_tokens" not in ask(spoken).params
-    assert "skip_special_tokens" not in ask(Chats(tokenizer), tools=TOOLS).params
 
 
 def test_a_schema_that_is_no_json_is_refused(tokenizer):
