@@ -3,6 +3,7 @@
 python -m pytest tests/test_server_cli.py
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -19,14 +20,27 @@ from serving.settings import Settings
 
 LONG = {"text": "Once", "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True}}
 
+STREAM = LONG | {"stream": True}
+COMPLETION = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True, "stream": True}
+
+
+def error_of(response: httpx.Response) -> dict:
+    """What a request that has failed was told: all of the answer, or the last event of a stream but for [DONE]."""
+    if response.status_code != 200:
+        return response.json()["error"]
+    *_, last, done = [line for line in response.text.splitlines() if line]
+    assert done == "data: [DONE]"
+    return json.loads(last.removeprefix("data: "))["error"]
+
 
 def test_behind_a_key_with_its_engine_killed_under_load_and_drained_in_the_end():
     with (
         running("--api-key", "secret", "--served-model-name", "mine", "--cors-origin", "http://page") as server,
         httpx.Client(base_url=server.url, timeout=HANG, headers={"Authorization": "Bearer secret"}) as http,
     ):
-        routes = {path for path in http.get("/openapi.json").json()["paths"] if path != "/health"}
-        for path in routes | {"/debug/events", "/openapi.json", "/nothing"}:
+        routes = set(http.get("/openapi.json").json()["paths"]) - {"/", "/health"}
+        for path in routes | {"/openapi.json", "/nothing"}:
             for method in ("GET", "POST"):
                 assert httpx.request(method, server.url + path).status_code == 401, path
         assert httpx.get(server.url + "/health").status_code == 200
@@ -36,7 +50,15 @@ def test_behind_a_key_with_its_engine_killed_under_load_and_drained_in_the_end()
         assert httpx.options(server.url + "/generate", headers=asks | {"Origin": "x"}).status_code == 400
 
         ends: list[httpx.Response] = []
-        load = [threading.Thread(target=lambda: ends.append(http.post("/generate", json=LONG))) for _ in range(24)]
+        asked = [
+            ("/generate", LONG),
+            ("/generate", STREAM),
+            ("/v1/completions", COMPLETION),
+            ("/v1/chat/completions", CHAT),
+        ]
+        load = [
+            threading.Thread(target=lambda ask=ask: ends.append(http.post(ask[0], json=ask[1]))) for ask in asked * 6
+        ]
         for thread in load:
             thread.start()
         state = lambda: http.get("/server_info").json()  # noqa: E731
@@ -46,7 +68,8 @@ def test_behind_a_key_with_its_engine_killed_under_load_and_drained_in_the_end()
         assert http.post("/generate", json=LONG).json()["error"]["code"] == "engine_down"
         for thread in load:
             thread.join(HANG)
-        assert [(r.status_code, r.json()["error"]["code"]) for r in ends] == [(503, "engine_down")] * 24
+        assert [error_of(response)["code"] for response in ends] == ["engine_down"] * 24
+        assert {response.status_code for response in ends} == {200, 503}  # a stream that has begun ends with an event
         until(lambda: http.get("/health").status_code == 200)
         assert state()["engine_restarts"] == 1 and http.get("/health_generate").status_code == 200
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_process import HANG, Server
 
-from serving.native_api import AbortRequest, DetokenizeRequest, GenerateRequest, SGLangParams, TokenizeRequest
+from serving.native_protocol import AbortRequest, DetokenizeRequest, GenerateRequest, SGLangParams, TokenizeRequest
+from serving.openai_protocol import ChatRequest, CompletionRequest, EmbeddingRequest
 
 ODD = st.sampled_from([
     float("nan"), float("inf"), -float("inf"), 1e308, -1, 2**31, 2**63, 2**64, 10**400, 1e-320, True, None, "", "\x00",
@@ -38,6 +39,32 @@ OTHERS = st.one_of(
         )
     )
 )
+HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+CHAT = values(ChatRequest.model_fields).map(lambda x: HI | x)
+TOOL = st.fixed_dictionaries(
+    {"type": st.just("function"), "function": values(("name", "parameters", "strict", "description"))}
+)
+CALLED = st.lists(TOOL | TREES, max_size=3).map(lambda tools: HI | {"tools": tools, "tool_choice": "required"})
+SAID = st.lists(
+    values(("role", "content", "tool_calls", "name", "tool_call_id", "reasoning_content")) | ODD, max_size=3
+)
+SAYING = SAID.map(lambda messages: HI | {"messages": HI["messages"] + messages})
+COMPLETION = values(CompletionRequest.model_fields).map(lambda x: {"prompt": "a", "max_tokens": 2} | x)
+EMBEDDING = values(EmbeddingRequest.model_fields).map(lambda x: {"input": "a"} | x)
+OPENAI = st.one_of(
+    st.tuples(st.just("/v1/chat/completions"), CHAT | CALLED | SAYING),
+    st.tuples(st.just("/v1/completions"), COMPLETION),
+    st.tuples(st.just("/v1/embeddings"), EMBEDDING),
+)
+ROUTES = [
+    "/generate",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+    "/abort_request",
+]
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -78,9 +105,18 @@ def test_odd_requests_to_other_routes(http, asked):
 
 
 @QUICK
-@given(st.binary(max_size=200) | TREES.map(lambda x: json.dumps(x, ensure_ascii=True).encode()))
-def test_bodies_that_are_none(http, content):
-    post(http, "/generate", content)
+@given(OPENAI, st.booleans())
+def test_odd_requests_to_the_openai_routes(http, asked, stream):
+    path, body = asked
+    post(http, path, json.dumps({"stream": stream} | body if path != "/v1/embeddings" else body).encode())
+
+
+@QUICK
+@given(
+    st.sampled_from(ROUTES), st.binary(max_size=200) | TREES.map(lambda x: json.dumps(x, ensure_ascii=True).encode())
+)
+def test_bodies_that_are_none(http, path, content):
+    post(http, path, content)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +145,54 @@ def test_bodies_that_are_none(http, content):
     ids=range(17),
 )
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded"])
-def test_bodies_made_by_hand(http, content, kind):
-    post(http, "/generate", content, kind)
+@pytest.mark.parametrize(
+    "path, field", [("/generate", b'"text"'), ("/v1/chat/completions", b'"messages"'), ("/v1/completions", b'"prompt"')]
+)
+def test_bodies_made_by_hand(http, path, field, content, kind):
+    post(http, path, content.replace(b'"text"', field), kind)
+
+
+DEEP = b'{"items":' * 900 + b"true" + b"}" * 900
+TOOL_OF = b'{"messages": [{"role": "user", "content": "Hi"}], "tools": [{"type": "function", "function": %s}]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TOOL_OF % (b'{"name": "a", "parameters": ' + DEEP + b"}"),
+        TOOL_OF % b'{"name": "a", "parameters": {"$ref": "#"}}',
+        TOOL_OF % b'{"name": "\\ud800"}',
+        TOOL_OF % b'{"name": "a", "parameters": {"type": "object", "properties": {"a": {"pattern": "(" }}}}',
+        TOOL_OF % b'{"name": "a"}}, {"type": "function", "function": {"name": "a"}',
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[[["}}]}]}',
+        b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]}',
+        b'{"messages": [{"role": "user", "content": "{{ 7 * 7 }}{% raw %}"}], "max_tokens": 1}',
+        b'{"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"messages": []}}',
+        b'{"messages": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"messages": [{"role": "user", "content": "Hi"}], "guided_json": ' + DEEP + b"}",
+        b'{"messages": [{"role": "user", "content": "Hi"}], "structural_tag": {"type": "structural_tag", "format": '
+        b'{"type": "tool_calls", "notation": "qwen_3", "tools": [' + b'{"function": {"name": "a"}},' * 20_000 + b"1]}}}",
+        b'{"messages": [{"role": "user", "content": "Hi"}], "structural_tag": {"type": "structural_tag", "format": '
+        b'{"type": "tool_calls", "notation": [], "tools": 1, "other": 1}}}',
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_chats_made_by_hand(http, content):
+    post(http, "/v1/chat/completions", content)
 
 
 @pytest.mark.parametrize("priority", [2**31, -(2**63), 2**63, 2**70])
 def test_numbers_that_are_large(http, priority):
     post(http, "/generate", json.dumps({"text": "a", "sampling_params": SHORT, "priority": priority}).encode())
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "nothing"])
+def test_bodies_that_are_encoded(http, path, encoding):
+    response = http.post(
+        path, content=b"\x1f\x8b\x08\x00", headers={"Content-Encoding": encoding, "Content-Type": "application/json"}
+    )
+    assert response.status_code == 400 and response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
