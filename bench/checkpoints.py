@@ -91,7 +91,10 @@ def make_checkpoint(shape: str) -> Path:
     folder.parent.mkdir(exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(unfinished)
-    for file in ("tokenizer.json", "tokenizer_config.json"):  # a server wants one; it knows the first ids of the vocabulary
+    for file in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):  # a server wants one; it knows the first ids of the vocabulary
         shutil.copy(BUNDLED["folio-tiny"] / file, unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
