@@ -1,18 +1,19 @@
 """What Multi-head Latent Attention saves: bytes in the cache, and the time of a decode beside `transformers`.
 
     python -m bench.mla
-    python -m bench.mla --batch 32 --context 1024
+    python -m bench.mla --dtype bfloat16 --batch 32 --context 1024
 
 Two parts. The first builds DeepSeek-V3 with its real dimensions and two layers (on the meta device, which takes no memory) and
 counts what its cache keeps of a token. The second decodes one token of each sequence through the attention layers of
-DeepSeek-V2-Lite (16 heads), projections included, on the CPU in float32:
+DeepSeek-V2-Lite (16 heads), projections included, on the CPU, in float32 and then in bfloat16, weights and cache:
 
     absorbed        as Folio decodes: all heads attend to the latents as they lie in the pages
     expanded        the other form of the same layers: each head's keys and values are made, a piece of the history at a time
     transformers    DeepseekV2Attention with its own cache, SDPA
 
 All three have the same weights and histories, and are first shown to give the same numbers. There are two floors: the bytes of
-cache and weights over the bandwidth of reading, and the operations over the rate of a large product. A table, then one JSON line.
+cache and weights over the bandwidth of reading, and the operations over the rate of a large product of that type. Tables, then one
+JSON line.
 """
 
 import argparse
@@ -72,7 +73,8 @@ V2_LITE: dict[str, Any] = (
     )
 )
 PAGE = 16
-TOLERANCE = 1e-4  # of the largest number
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest number
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # ---- bytes
@@ -108,22 +110,23 @@ def show_cache_size(size: dict[str, int]) -> str:
 class Decode:
     """One token of each of B sequences, of `context` entries with its own, through the attention of every layer."""
 
-    def __init__(self, batch: int, context: int, layers: int):
+    def __init__(self, batch: int, context: int, layers: int, dtype: torch.dtype):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
+        self.dtype = dtype
         settings = AutoConfig.for_model(**V2_LITE, num_hidden_layers=layers, first_k_dense_replace=layers)
-        self.theirs = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+        self.theirs = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
         with tempfile.TemporaryDirectory() as folder:
             self.theirs.save_pretrained(folder)
-            self.ours = load(Checkpoint.open(folder), torch.float32, torch.device("cpu"))
+            self.ours = load(Checkpoint.open(folder), dtype, torch.device("cpu"))
         pages = -(-context // PAGE)
         self.page_table = 1 + torch.randperm(batch * pages).view(batch, pages)
         self.positions = torch.full((batch,), context - 1)
-        self.kv = self.ours.config.cache.allocate((1 + batch * pages) * PAGE, torch.float32, torch.device("cpu"))
+        self.kv = self.ours.config.cache.allocate((1 + batch * pages) * PAGE, dtype, torch.device("cpu"))
         for (rows,) in self.kv:
             rows.normal_()
-        self.x = torch.randn(batch, settings.hidden_size)
+        self.x = torch.randn(batch, settings.hidden_size).to(dtype)
         self._fill_their_cache()
 
     def _fill_their_cache(self) -> None:
@@ -162,33 +165,35 @@ class Decode:
         for form in (self.absorbed, self.expanded):
             for mine, wanted in zip(form(), theirs, strict=True):
                 worst = max(worst, float((mine - wanted).abs().max() / wanted.abs().max()))
-        if not worst <= TOLERANCE:
+        if not worst <= TOLERANCE[self.dtype]:
             raise RuntimeError(f"the three differ by {worst:.1e} of the largest number")
         return worst
 
 
-def floors(config: ModelConfig, attention: nn.Module, batch: int, context: int) -> tuple[int, int]:
-    """-> bytes that a decode of one layer has to read, and operations that it has to do, absorbed, in float32."""
+def floors(config: ModelConfig, attention: nn.Module, batch: int, context: int, dtype: torch.dtype) -> tuple[int, int]:
+    """-> bytes that a decode of one layer has to read, and operations that it has to do, absorbed."""
     s, weights = config.latent, sum(p.numel() for p in attention.parameters())
     pairs = batch * context
-    return 4 * (pairs * s.row + weights), 2 * config.num_heads * (s.row + s.rank) * pairs + 2 * batch * weights
+    size = dtype.itemsize * (pairs * s.row + weights)
+    return size, 2 * config.num_heads * (s.row + s.rank) * pairs + 2 * batch * weights
 
 
 @torch.inference_mode()
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    progress("decode: making the model and its histories")
-    decode = Decode(args.batch, args.context, args.layers)
+def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    dtype = DTYPES[name]
+    progress(f"decode in {name}: making the model and its histories")
+    decode = Decode(args.batch, args.context, args.layers, dtype)
     error = decode.check()
-    size, operations = floors(decode.ours.config, decode.ours.blocks[0].attn, args.batch, args.context)
-    progress("decode: timing")
+    size, operations = floors(decode.ours.config, decode.ours.blocks[0].attn, args.batch, args.context, dtype)
+    progress(f"decode in {name}: timing")
     ways: dict[str, Callable[[], Any]] = {
-        name: partial(seconds, getattr(decode, name)) for name in ("absorbed", "expanded", "transformers")
+        way: partial(seconds, getattr(decode, way)) for way in ("absorbed", "expanded", "transformers")
     }
-    times = {name: summarize(values) for name, values in alternate(ways, args.repeats).items()}
-    progress("decode: ceilings")
+    times = {way: summarize(values) for way, values in alternate(ways, args.repeats).items()}
+    progress(f"decode in {name}: ceilings")
     product = read_by_product(args.mebibytes, args.repeats)
     read = {"sum": read_by_sum(args.mebibytes, args.repeats)} | ({"product": product} if product else {})
-    rates = {"read": read, "matmul": matmul_rate(torch.float32, args.size, args.repeats)}
+    rates = {"read": read, "matmul": matmul_rate(dtype, args.size, args.repeats)}
     memory = args.layers * size / ceiling(rates, "read")
     compute = args.layers * operations / ceiling(rates, "matmul")
     record = {
@@ -202,24 +207,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "compute_floor_s": significant(compute),
     }
     record["ways"] = {
-        name: {
+        way: {
             "seconds": stat.json(),
             "times_faster_than_transformers": significant(times["transformers"].median / stat.median, 4),
             "of_memory_floor": significant(stat.median / memory, 4),
             "of_both_floors": significant(stat.median / max(memory, compute), 4),
         }
-        for name, stat in times.items()
+        for way, stat in times.items()
     }
     rows = [
-        [name, stat.show(1, 1e3)] + [f"{record['ways'][name][ratio]:.2f}" for ratio in list(record["ways"][name])[1:]]
-        for name, stat in times.items()
+        [way, stat.show(1, 1e3)] + [f"{record['ways'][way][ratio]:.2f}" for ratio in list(record["ways"][way])[1:]]
+        for way, stat in times.items()
     ]
     rows += [
         ["floor: memory", f"{memory * 1e3:,.1f}"] + [""] * 3,
         ["floor: products", f"{compute * 1e3:,.1f}"] + [""] * 3,
     ]
-    about = f"V2-Lite attention, {args.layers} layers, batch {args.batch}, context {args.context}"
-    print(table([about, "ms a step", "x transformers", "/ memory floor", "/ higher floor"], rows))
+    about = f"V2-Lite attention, {name}, {args.layers} layers, batch {args.batch}, context {args.context}"
+    print(table([about, "ms a step", "x transformers", "/ memory floor", "/ higher floor"], rows) + "\n")
     return record
 
 
@@ -228,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=4096, help="entries of each sequence")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: one after the other")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mebibytes", type=int, default=512, help="of the array that the bandwidth is measured with")
     parser.add_argument("--size", type=int, default=2048, help="of the square product that the rate is measured with")
@@ -238,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts, size = machine_facts(), cache_size()
     print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}\n")
     print(show_cache_size(size) + "\n")
-    record = measure(args)
+    record = {name: measure(args, name) for name in ([args.dtype] if args.dtype else DTYPES)}
     emit({"bench": "mla", **facts, "cache": size, "decode": record}, args.out)
 
 

@@ -25,9 +25,12 @@ from torch import Tensor
 
 from kernels.reference_mla import absorb_query, project_output
 
-# Entries of the history that are gathered at once. On a CPU 1,024 rows of DeepSeek's 576 float32 are 2.4 MB: they come
-# from memory once, into a buffer that stays in the second- or third-level cache, where both products find them.
-PIECE = {"cpu": 1024, "cuda": 1 << 18}
+# Bytes of the history that are gathered at once. On a CPU they come from memory once, into a buffer that stays in the
+# third-level cache, where both products find them: 2,048 of DeepSeek's rows of 576 in float32. `python -m bench.mla`
+PIECE = {"cpu": 9 << 19, "cuda": 1 << 29}
+TOGETHER = (
+    8  # sequences that a decode's products take at once: each thread has its own, and what it gathered is in its cache
+)
 QUERIES = 128  # of a chunk that meet a piece together
 FORMS = ("cheaper", "absorbed", "expanded")
 
@@ -44,34 +47,37 @@ def expanded_is_cheaper(heads: int, nope: int, rope: int, value: int, rank: int,
 
 
 class OnlineSoftmax:
-    """softmax(query keys') values for N x M queries, of keys that come piece by piece."""
+    """softmax(query keys') values for N x M queries, of keys that come piece by piece.
+
+    A piece is finished by itself, with PyTorch's softmax, which is several times as fast as the steps that it consists of, and
+    the pieces are weighed by their logsumexp.
+    """
 
     def __init__(self, query: Tensor, value_dim: int):
         """query [N, M, D]. Every query must see an entry of the first piece that it is given."""
         N, M, _ = query.shape
-        self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self.top = query.new_full((N, M, 1), float("-inf"), dtype=self.dtype)
-        self.total = query.new_zeros(N, M, 1, dtype=self.dtype)
-        self.acc = query.new_zeros(N, M, value_dim, dtype=self.dtype)
+        self.query, self.dtype = query, torch.promote_types(query.dtype, torch.float32)
+        self.mass = query.new_full((N, M, 1), float("-inf"), dtype=self.dtype)  # log of the sum of all weights so far
+        self.mean = query.new_zeros(N, M, value_dim, dtype=self.dtype)
 
     def add(
-        self, rows: slice, query: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: Tensor | None
+        self, at: tuple[slice, slice], keys: Tensor, values: Tensor, scale: float, hidden: Tensor | None = None
     ) -> None:
-        """The queries in `rows` [N, m, D] meet keys [N, C, D], values [N, C, V]; not those that are `hidden` [?, m or 1, C]."""
-        scores = torch.bmm(query, keys.transpose(1, 2)).to(self.dtype).mul_(scale)
-        if hidden is not None:
-            scores.masked_fill_(hidden, float("-inf"))
-        before, total, acc = self.top[:, rows], self.total[:, rows], self.acc[:, rows]
-        top = torch.maximum(before, scores.amax(-1, keepdim=True))
-        fade = (before - top).exp_()
-        weights = scores.sub_(top).exp_()
-        total.mul_(fade).add_(weights.sum(-1, keepdim=True))
-        acc.mul_(fade).add_(torch.bmm(weights.to(values.dtype), values))
-        before.copy_(top)
+        """The queries `at` [n, m, D] meet keys [n, C, D], values [n, C, V]; not those that are `hidden` [?, m or 1, C]."""
+        scores = torch.bmm(self.query[at], keys.transpose(1, 2)).to(self.dtype).mul_(scale)
+        if hidden is not None:  # finite, so that a query that sees nothing gets numbers, which then weigh nothing
+            scores.masked_fill_(hidden, torch.finfo(self.dtype).min)
+        top, weights = scores.amax(-1, keepdim=True), scores.softmax(-1)
+        mass = top - weights.amax(-1, keepdim=True).log_()  # logsumexp
+        before, mean = self.mass[at], self.mean[at]
+        share = torch.sigmoid(mass - before)  # e^mass / (e^mass + e^before)
+        mean.lerp_(torch.bmm(weights.to(values.dtype), values).to(self.dtype), share)
+        before.copy_(torch.logaddexp(before, mass))
 
-    def mean(self) -> Tensor:
-        """-> [N, M, V]."""
-        return self.acc / self.total
+
+def entries_of_piece(cache: Tensor) -> int:
+    """cache [slots, D]."""
+    return max(2, PIECE[cache.device.type] // (cache.shape[1] * cache.itemsize))
 
 
 def gather(cache: Tensor, slots: Tensor, buffer: Tensor) -> Tensor:
@@ -80,16 +86,24 @@ def gather(cache: Tensor, slots: Tensor, buffer: Tensor) -> Tensor:
     return torch.index_select(cache, 0, slots.flatten(), out=rows).view(*slots.shape, -1)
 
 
-def groups(lengths: Sequence[int], most: int) -> Iterator[slice]:
-    """Cut sequences into runs whose histories, each as long as the longest of them, are at most so many entries (or one
-    sequence)."""
-    first = longest = 0
-    for at, length in enumerate(lengths):
-        if at > first and max(longest, length) * (at - first + 1) > most:
-            yield slice(first, at)
-            first, longest = at, 0
-        longest = max(longest, length)
-    yield slice(first, len(lengths))
+def pieces(lengths: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
+    """Cut histories, the longest first, into pieces: (which sequences, which entries of each), of at most `most` entries
+    together, or one of each sequence.
+
+    TOGETHER sequences at a time, or as many as fit whole; of those a piece has the ones that reach so far.
+    """
+    start = 0
+    while start < len(lengths):
+        longest = lengths[start]
+        stop = reach = min(start + max(TOGETHER, most // longest), len(lengths))
+        first = 0
+        while first < longest:
+            while lengths[reach - 1] <= first:
+                reach -= 1
+            end = min(first + max(1, most // (reach - start)), longest)
+            yield slice(start, reach), slice(first, end)
+            first = end
+        start = stop
 
 
 def decode_absorbed(
@@ -97,24 +111,24 @@ def decode_absorbed(
 ) -> Tensor:
     """One new token of each sequence: q_nope [B, H, nope], slots [B, L], positions [B] -> [B, H, V]."""
     nope, R = q_nope.shape[-1], kv_up.shape[-1]
-    query = torch.cat((absorb_query(q_nope, kv_up[:, :nope]), q_rope), -1)  # [B, H, R + rope]
-    lengths = [p + 1 for p in positions.tolist()] if query.device.type == "cpu" else [slots.shape[1]] * len(slots)
-    most, out = PIECE[query.device.type], []
-    buffer = cache.new_empty(min(most, slots.numel()), cache.shape[1])
-    for group in groups(lengths, most):
-        softmax = OnlineSoftmax(query[group], R)
-        all_see, longest = min(lengths[group]) if query.device.type == "cpu" else 0, max(lengths[group])
-        size = max(1, most // (group.stop - group.start))
-        for first in range(0, longest, size):
-            end = min(first + size, longest)
-            rows = gather(cache, slots[group, first:end], buffer)
-            hidden = None
-            if end > all_see:
-                hidden = torch.arange(first, end, device=rows.device) > positions[group, None, None]  # [n, 1, C]
-            softmax.add(slice(None), query[group], rows, rows[..., :R], scale, hidden)
-        out.append(softmax.mean())
+    query = torch.cat((absorb_query(q_nope, kv_up[:, :nope]), q_rope), -1)
+    lengths, order = [slots.shape[1]] * len(slots), None
+    if query.device.type == "cpu":
+        order = positions.argsort(descending=True)
+        query, slots, positions = query[order], slots[order], positions[order]
+        lengths = (positions + 1).tolist()
+    most = entries_of_piece(cache)
+    buffer = cache.new_empty(min(max(most, len(slots)), slots.numel()), cache.shape[1])
+    softmax = OnlineSoftmax(query, R)
+    for some, entries in pieces(lengths, most):
+        rows, hidden = gather(cache, slots[some, entries], buffer), None
+        if order is None or entries.stop > lengths[some.stop - 1]:
+            entry = torch.arange(entries.start, entries.stop, device=rows.device)
+            hidden = entry > positions[some, None, None]  # [n, 1, C]
+        softmax.add((some, slice(None)), rows, rows[..., :R], scale, hidden)
+    out = softmax.mean if order is None else softmax.mean[order.argsort()]
     # contiguous, as the compiler has been told: it reads what comes back without a look at its strides
-    return project_output(torch.cat(out).to(q_nope.dtype), kv_up[:, nope:]).contiguous()
+    return project_output(out.to(q_nope.dtype), kv_up[:, nope:]).contiguous()
 
 
 def chunk_of_prompt(
@@ -138,7 +152,7 @@ def chunk_of_prompt(
         query = torch.cat((absorb_query(q_nope, kv_up[:, :nope]), q_rope), -1)
         query = query.view(1, Q * H, -1)  # [1, Q * H, R + rope]
     softmax = OnlineSoftmax(query, kv_up.shape[1] - nope if expand else R)
-    piece = PIECE[query.device.type]
+    piece = entries_of_piece(cache) // 2  # beside it lie its keys and values, or the scores of many queries
     buffer = cache.new_empty(min(piece, len(slots)), cache.shape[1])
     for first in range(0, start + Q, piece):
         entry = torch.arange(first, min(first + piece, start + Q), device=query.device)
@@ -151,8 +165,8 @@ def chunk_of_prompt(
                 position = torch.arange(start + block, start + end, device=query.device)
                 hidden = entry > position.repeat_interleave(each)[:, None]
             at = slice(block * each, end * each)
-            softmax.add(at, query[:, at], keys, values, scale, hidden)
-    out = softmax.mean().to(q_nope.dtype)
+            softmax.add((slice(None), at), keys, values, scale, hidden)
+    out = softmax.mean.to(q_nope.dtype)
     return out.transpose(0, 1) if expand else project_output(out.view(Q, H, R), kv_up[:, nope:])
 
 

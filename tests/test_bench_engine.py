@@ -74,10 +74,11 @@ def test_mla_small(capsys):
     record = last_line(capsys.readouterr().out)
     assert (record["cache"]["latent_bytes"], record["cache"]["heads_bytes"]) == (1152, 81920)
     assert record["cache"]["latent_tokens_in_24_gib"] == (24 << 30) // (61 * 1152)
-    decode = record["decode"]
-    assert decode["error"] <= mla.TOLERANCE
-    assert decode["ways"]["transformers"]["times_faster_than_transformers"] == 1
-    assert len(decode["ways"]) == 3 and all(way["seconds"]["median"] > 0 for way in decode["ways"].values())
+    assert list(record["decode"]) == ["float32", "bfloat16"]
+    for dtype, decode in record["decode"].items():
+        assert decode["error"] <= mla.TOLERANCE[mla.DTYPES[dtype]]
+        assert decode["ways"]["transformers"]["times_faster_than_transformers"] == 1
+        assert len(decode["ways"]) == 3 and all(way["seconds"]["median"] > 0 for way in decode["ways"].values())
 
 
 def test_mla_counts_what_a_decode_must_do():
@@ -89,7 +90,7 @@ def test_mla_counts_what_a_decode_must_do():
     )
     (block,) = Transformer(config).blocks
     weights = 8 * 2 * 5 + 8 * (6 + 2) + 6 + 2 * (3 + 4) * 6 + 2 * 4 * 8
-    size, operations = mla.floors(config, block.attn, batch=2, context=5)
+    size, operations = mla.floors(config, block.attn, batch=2, context=5, dtype=torch.float32)
     assert size == 4 * (2 * 5 * 8 + weights)
     assert operations == 2 * 5 * 2 * 2 * (8 + 6) + 2 * 2 * weights
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine import Engine, SamplingParams
 from kernels import latent
-from kernels.latent import expanded_is_cheaper, groups, latent_decode, latent_extend
+from kernels.latent import expanded_is_cheaper, latent_decode, latent_extend, pieces
 from kernels.reference import cut, history_slots
 from kernels.reference_mla import mla_expanded
 from runner import Runner
@@ -25,7 +25,7 @@ PAGE, SCALE = 4, 0.2
 @pytest.fixture(params=[3, 7, 512], ids="pieces of {}".format)
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Histories in so many pieces, and queries in blocks of as many."""
-    monkeypatch.setitem(latent.PIECE, "cpu", request.param)
+    monkeypatch.setattr(latent, "entries_of_piece", lambda _: request.param)
     monkeypatch.setattr(latent, "QUERIES", request.param)
     yield request.param
 
@@ -48,7 +48,7 @@ def test_any_step(new: list[int], form: str, piece: int):
     torch.testing.assert_close(step(case, form), mla_expanded(**case, page_size=PAGE, scale=SCALE))
 
 
-@pytest.mark.parametrize("lengths", [[1], [40], [1, 9, 9, 30, 2, 2, 2]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [40], [1, 9, 9, 30, 2, 2, 2], [*range(40, 20, -1), 3]], ids=str)
 def test_decode(lengths: list[int], piece: int):
     case = make(len(lengths), lengths, [1] * len(lengths), PAGE, heads=5)
     last = case["lengths"] - 1
@@ -78,10 +78,22 @@ def test_which_form_is_cheaper():
     )
 
 
-def test_groups():
-    assert list(groups([5, 5, 5], 10)) == [slice(0, 2), slice(2, 3)]
-    assert list(groups([1, 1, 6, 1, 30, 1, 1], 10)) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5), slice(5, 7)]
-    assert list(groups([50], 10)) == [slice(0, 1)]
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [50], [30, 6, 1, 1, 1], [12] * 9 + [3], [1] * 30], ids=str)
+@pytest.mark.parametrize("most", [2, 10, 64])
+def test_pieces(lengths: list[int], most: int):
+    """Every entry is in one piece, in order, and no piece has a sequence whose history has ended."""
+    seen = [0] * len(lengths)
+    for some, entries in pieces(lengths, most):
+        rows = range(some.start, some.stop)
+        assert rows and len(rows) * (entries.stop - entries.start) <= max(most, len(rows))
+        for b in rows:
+            assert seen[b] == entries.start < lengths[b]
+            seen[b] = entries.stop
+    assert all(end >= length for end, length in zip(seen, lengths, strict=True))
+
+
+def test_short_histories_are_whole_and_together():
+    assert list(pieces([4] * 20, 64)) == [(slice(0, 16), slice(0, 4)), (slice(16, 20), slice(0, 4))]
 
 
 def test_the_cache_is_not_expanded_by_a_decode(monkeypatch: pytest.MonkeyPatch):
