@@ -17,6 +17,7 @@ JSON line.
 """
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -178,6 +179,14 @@ def floors(config: ModelConfig, attention: nn.Module, batch: int, context: int, 
     return size, 2 * config.num_heads * (s.row + s.rank) * pairs + 2 * batch * weights
 
 
+def steady(work: Callable[[], Any]) -> float:
+    """Seconds of a call: the median of as many in a row as half a second has room for, or one."""
+    times = [seconds(work)]
+    while sum(times) < 0.5:
+        times.append(seconds(work))
+    return statistics.median(times)
+
+
 @torch.inference_mode()
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     dtype = DTYPES[name]
@@ -185,15 +194,15 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     decode = Decode(args.batch, args.context, args.layers, dtype)
     error = decode.check()
     size, operations = floors(decode.ours.config, decode.ours.blocks[0].attn, args.batch, args.context, dtype)
-    progress(f"decode in {name}: timing")
-    ways: dict[str, Callable[[], Any]] = {
-        way: partial(seconds, getattr(decode, way)) for way in ("absorbed", "expanded", "transformers")
-    }
-    times = {way: summarize(values) for way, values in alternate(ways, args.repeats).items()}
     progress(f"decode in {name}: ceilings")
     product = read_by_product(args.mebibytes, args.repeats)
     read = {"sum": read_by_sum(args.mebibytes, args.repeats)} | ({"product": product} if product else {})
     rates = {"read": read, "matmul": matmul_rate(dtype, args.size, args.repeats)}
+    progress(f"decode in {name}: timing")
+    ways: dict[str, Callable[[], Any]] = {
+        way: partial(steady, getattr(decode, way)) for way in ("absorbed", "expanded", "transformers")
+    }
+    times = {way: summarize(values) for way, values in alternate(ways, args.repeats).items()}
     memory = args.layers * size / ceiling(rates, "read")
     compute = args.layers * operations / ceiling(rates, "matmul")
     record = {

@@ -1,7 +1,7 @@
 """Multi-head Latent Attention over pages in plain PyTorch: what runs where `kernels/mla.py` does not.
 
 Both forms of `reference_mla.py` are here, made for a CPU: matrix products by BLAS, over a piece of the history at a time that
-stays in the CPU's cache, with a softmax that is corrected as it goes (Milakov and Gimelshein, 2018). So nothing is as large as
+stays in the CPU's cache, with a softmax of each piece, merged by logsumexp (Milakov and Gimelshein, 2018). Nothing is as large as
 the history of a sequence: not its rows, gathered from their pages, not its expanded heads, not its scores.
 
     absorbed    all heads are rows of one product with the rows of the cache, which nobody expands
