@@ -28,9 +28,7 @@ from kernels.reference_mla import absorb_query, project_output
 # Bytes of the history that are gathered at once. On a CPU they come from memory once, into a buffer that stays in the
 # third-level cache, where both products find them: 2,048 of DeepSeek's rows of 576 in float32. `python -m bench.mla`
 PIECE = {"cpu": 9 << 19, "cuda": 1 << 29}
-TOGETHER = (
-    8  # sequences that a decode's products take at once: each thread has its own, and what it gathered is in its cache
-)
+TOGETHER = 8  # sequences that a decode's products take at once: each thread has its own, whose rows its cache holds
 QUERIES = 128  # of a chunk that meet a piece together
 FORMS = ("cheaper", "absorbed", "expanded")
 
