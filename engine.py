@@ -38,7 +38,7 @@ from grammar.constraint import Constraint
 from grammar.grammars import Grammars
 from grammar.masks import Ask, MaskFiller
 from grammar.matcher import Grammar
-from intake import Group, Intake, Prompt
+from intake import Group, Intake, Prompt, namespace_of
 from machine import cpp_compiler, free_memory, pick_device, pick_dtype, release_openmp_team
 from model import Transformer
 from output import Delta, RequestOutput
@@ -265,6 +265,22 @@ class Engine:
         """End a request before the next step, from any thread. An id that is unknown or has ended: nothing happens."""
         if (group := self._groups.get(request_id)) is not None:
             self._abort_soon(group)
+
+    @contextmanager
+    def hold(self, prompt: Prompt, *, cache_salt: str | None = None) -> Iterator[int]:
+        """Compute a prefix that many prompts will have, and keep it in the cache while inside -> how many tokens are kept.
+
+        Whole pages only. A request that could not run otherwise takes it away; and without the radix tree there is none.
+        """
+        if not self.scheduler.radix:
+            yield 0
+            return
+        [output] = self.generate([prompt], SamplingParams(max_new_tokens=0), cache_salt=cache_salt)
+        hold = self._between_steps(partial(self.scheduler.hold, output.prompt_token_ids, namespace_of(cache_salt)))
+        try:
+            yield hold.tokens
+        finally:
+            self._between_steps(partial(self.scheduler.let_go, hold))
 
     # ---- the step
 
@@ -518,8 +534,8 @@ class Engine:
 
     def _check(self) -> None:
         self.scheduler.check()
-        if not self.scheduler.has_work and self.scheduler.available_pages != self.pool.total:
-            have = self.scheduler.available_pages
+        have = self.scheduler.available_pages + self.scheduler.tree.locked_pages  # when idle, locked is what is held
+        if not self.scheduler.has_work and have != self.pool.total:
             raise RuntimeError(f"idle, but only {have} of {self.pool.total} pages are to be had")
 
     # ---- inside

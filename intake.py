@@ -15,6 +15,7 @@ from functools import partial
 from numbers import Integral
 from typing import Any
 
+from cache.radix import Namespace
 from errors import UserError
 from grammar.constraint import AllowedTokens
 from grammar.spec import Spec
@@ -88,15 +89,13 @@ class Intake:
         check_ids("logit_bias", params.logit_bias, self.vocab_size)
         if not isinstance(priority, int):
             raise UserError(f"priority is {priority!r}; it must be a whole number")
-        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
-            raise UserError(f"cache_salt is {cache_salt!r}; it must be a text that is not empty")
         spec = spec_of(params)
         if spec is not None and self.tokenizer is None:
             raise UserError(f"{spec.kind}: this engine has no tokenizer to spell it with")
         id = request_id if request_id is not None else f"request-{uuid.uuid4().hex}"
         seed = params.seed if params.seed is not None else random.getrandbits(62)
         stop_ids = resolve_stop_ids(params, self.eos_token_ids)
-        namespace = () if cache_salt is None else ("salt", cache_salt)
+        namespace = namespace_of(cache_salt)
         first = Request(ids, params, stop_ids, new, _int64(seed), id=id, namespace=namespace, priority=priority)
         others = [
             Request(
@@ -147,6 +146,13 @@ class Intake:
 
     def _detokenizer(self, params: SamplingParams):
         return self.tokenizer and self.tokenizer.detokenizer(params.skip_special_tokens)
+
+
+def namespace_of(cache_salt: str | None) -> Namespace:
+    """Where in the cache a request's prefixes are. UserError for a salt that is none."""
+    if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+        raise UserError(f"cache_salt is {cache_salt!r}; it must be a text that is not empty")
+    return () if cache_salt is None else ("salt", cache_salt)
 
 
 def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:

@@ -19,9 +19,10 @@ that run will still need, a share of what they may ask for that adapts (SGLang's
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from cache.pages import PagePool
-from cache.radix import Match, Node, RadixTree
+from cache.radix import Match, Namespace, Node, RadixTree, tree_key
 from errors import UserError
 from scheduler.batch import Batch, Changes
 from scheduler.policy import MAX_PASSED_OVER, WaitingQueue
@@ -34,6 +35,14 @@ RATIO_START, RATIO_LEAST = 0.7, 0.1  # share of max_new_tokens that a request is
 RATIO_DECAY = (RATIO_START - RATIO_LEAST) / 600  # a step
 RATIO_MARGIN = 20  # new tokens that each is expected to want beyond what it has, after a preemption
 MOST_EXPECTED = 4096  # new tokens; who asks for more is not expected to mean it
+
+
+@dataclass(eq=False)
+class Hold:
+    """A prefix that somebody keeps in the cache, though no request runs on it now."""
+
+    node: Node | None
+    tokens: int
 
 
 class Scheduler:
@@ -57,6 +66,7 @@ class Scheduler:
         self.running: dict[Request, None] = {}
         self.leaving: set[Request] = set()  # ended, and still in flight
         self.computing: dict[Request, None] = {}  # admitted, and their prompt is not all in the tree yet
+        self.holds: list[Hold] = []
         self.free_rows = list(range(max_batch_size, 0, -1))  # row 0 is padding
         self.ratio = RATIO_START
         self.arrivals = self.preemptions = self.prompt_tokens = self.cached_tokens = 0
@@ -108,6 +118,10 @@ class Scheduler:
         self._admit(batch, budget)
         if not batch.requests:
             if self.has_work and not self._in_flight:
+                if self.holds:  # a wish, which gives way to whoever cannot run otherwise
+                    for hold in list(self.holds):
+                        self.let_go(hold)
+                    return self.plan()
                 raise RuntimeError(f"{len(self.waiting)} requests wait and {len(self.running)} run, but none can go on")
             return None
         batch.changes, self._changes = self._changes, Changes()
@@ -382,10 +396,25 @@ class Scheduler:
         used = sum(r.new_tokens + RATIO_MARGIN for r in admitted)
         self.ratio = min(1.0, max(self.ratio, used / max(1, sum(r.max_new_tokens for r in admitted))))
 
+    # ---- hold
+
+    def hold(self, tokens: Iterable[int], namespace: Namespace = ()) -> Hold:
+        """Lock what is cached of a prefix, in whole pages, until `let_go`."""
+        match = self.tree.match(tree_key([*tokens, 0]), namespace)  # it leaves out the last token
+        hold = Hold(self.tree.lock(match), len(match.pages) * self.pool.page_size)
+        self.holds.append(hold)
+        return hold
+
+    def let_go(self, hold: Hold) -> None:
+        """One that has given way: nothing happens."""
+        if hold in self.holds:
+            self.holds.remove(hold)
+            self.tree.unlock(hold.node)
+
     # ---- all of it
 
     def flush(self) -> int:
-        """Drop all cached prefixes that nobody runs on. Returns how many pages stay, because somebody does."""
+        """Drop all cached prefixes that nobody runs on or holds. Returns how many pages stay, because somebody does."""
         self.pool.free(self.tree.evict(self.tree.evictable_pages))
         return self.tree.pages
 
@@ -404,6 +433,11 @@ class Scheduler:
                 path, node = node.pages + path, node.parent
             if path != r.pages[: r.shared]:
                 raise RuntimeError(f"request {r.id} runs on {r.shared} pages of the tree that it does not hold")
+        for hold in self.holds:
+            node = hold.node
+            while node is not None:
+                locks[node] += 1
+                node = node.parent
         for node in self.tree.nodes():
             if node.locks != locks[node]:
-                raise RuntimeError(f"a node of the tree has {node.locks} locks, for {locks[node]} requests")
+                raise RuntimeError(f"a node of the tree has {node.locks} locks, for {locks[node]} requests and holds")
