@@ -25,13 +25,15 @@ class Stream:
         self._abort = abort
         self._deltas: deque[Delta] = deque()
         self._ready = threading.Condition()
+        self._patient = False  # the reader wants to hear of ends only
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future] | None = None
 
     def put(self, delta: Delta) -> None:
         """Called by the engine, in its own thread."""
         with self._ready:
             self._deltas.append(delta)
-            self._wake_reader()
+            if not self._patient or delta.finish_reason is not None:
+                self._wake_reader()
 
     def _wake_reader(self) -> None:
         """Under the lock."""
@@ -59,6 +61,18 @@ class Stream:
                     return delta
                 self._ready.wait()
         raise StopIteration
+
+    def whole(self) -> list[Delta]:
+        """All Deltas, when the last has come; of a stream that is closed, those that have. Nobody is woken for each of them."""
+        deltas: list[Delta] = []
+        with self._ready:
+            self._patient = True
+            while self._going:
+                if (delta := self._take()) is not None:
+                    deltas.append(delta)
+                else:
+                    self._ready.wait()
+        return deltas
 
     def __aiter__(self) -> "Stream":
         return self

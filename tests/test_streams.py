@@ -91,6 +91,33 @@ def test_a_reader_waits_for_another_thread():
     assert got == list(range(20))
 
 
+def test_read_whole_it_wakes_its_reader_at_ends_only(monkeypatch):
+    stream, aborts = make(2)
+    woken, got = [], []
+    wake = stream._wake_reader
+    monkeypatch.setattr(stream, "_wake_reader", lambda: (woken.append(1), wake()))
+    stream.put(delta(0))
+    thread = started(lambda: got.extend(stream.whole()))
+    while not stream._patient:
+        pass
+    for i in range(1, 9):
+        stream.put(delta(i, "stop" if i in (4, 8) else None, index=i // 5))
+    join(thread)
+    assert [d.token_ids[0] for d in got] == list(range(9)) and len(woken) == 3 and aborts == []
+
+
+def test_closing_gives_what_has_come_to_who_reads_it_whole():
+    stream, aborts = make()
+    got = []
+    stream.put(delta(0))
+    thread = started(lambda: got.extend(stream.whole()))
+    while not stream._patient:
+        pass
+    stream.close()
+    join(thread)
+    assert len(got) <= 1 and aborts == ["name"] and stream.whole() == []
+
+
 @pytest.mark.parametrize("read", [0, 1, 2])
 def test_closing_aborts_once_and_ends_the_iteration(read: int):
     stream, aborts = make(2)
