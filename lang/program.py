@@ -1,0 +1,228 @@
+"""A program: a function of a state `s` and arguments, that is run once, many times, as a stream, or in asyncio.
+
+@function
+def qa(s, question):
+    s += "Q: " + question + "\\nA:" + gen("answer", stop="\\n")
+
+qa.run("Why?")["answer"]
+qa.run_batch([{"question": q} for q in questions], progress_bar=True)
+
+python -m pytest tests/test_lang.py
+"""
+
+import asyncio
+import inspect
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from tqdm import tqdm
+
+from engine import Engine
+from errors import UserError
+from lang import graph, ir
+from lang.backend import Backend, Cancel, as_backend
+from lang.interpreter import ProgramState, Run
+
+LEAST_PREFIX = 64  # characters of what all programs of a batch begin with, for which it is computed first (SGLang)
+LAST_WAIT = 1.0  # seconds that an interrupted batch waits for its programs
+
+Arguments = tuple[Sequence[Any], dict[str, Any]]
+
+
+def function(func: Callable | None = None, num_api_spec_tokens: int | None = None) -> Any:
+    """Make a program of a function whose first argument is the state. num_api_spec_tokens: see speculation.py."""
+    if func is None:
+        return lambda func: Program(func, num_api_spec_tokens)
+    return Program(func, num_api_spec_tokens)
+
+
+class Program:
+    def __init__(self, func: Callable, num_api_spec_tokens: int | None = None, bound: dict[str, Any] | None = None):
+        self.func, self.num_api_spec_tokens, self.bound = func, num_api_spec_tokens, bound or {}
+        self.signature = inspect.signature(func)
+        names = list(self.signature.parameters)
+        if not names:
+            raise UserError(f"{func.__name__} must take the state as its first argument")
+        self.arg_names = names[1:]
+
+    def bind(self, **arguments: Any) -> "Program":
+        """The same program with some of its arguments."""
+        if unknown := sorted(arguments.keys() - set(self.arg_names)):
+            raise UserError(
+                f"{unknown[0]} is no argument of {self.func.__name__}; there are {', '.join(self.arg_names)}"
+            )
+        return Program(self.func, self.num_api_spec_tokens, self.bound | arguments)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """With a state as its first argument, it goes on in that state; otherwise the same as `run`."""
+        if args and isinstance(args[0], ProgramState):
+            return self.func(*args, **(self.bound | kwargs))
+        return self.run(*args, **kwargs)
+
+    def run(
+        self, *args: Any, stream: bool = False, backend: "Backend | Engine | None" = None, **kwargs: Any
+    ) -> ProgramState:
+        """Run it. kwargs: its arguments, and parameters (ir.PARAMS) for the generations that do not say otherwise.
+
+        Returns when the function has, while the last generations may still run; with `stream`, at once. UserError for arguments
+        and parameters that there are not; what else fails is raised where a value is asked for.
+        """
+        arguments, params = self._sorted(args, kwargs)
+        state = self._state(as_backend(backend), params, stream)
+        if stream:
+            threading.Thread(target=self._attempt, args=(state, arguments, Cancel()), daemon=True).start()
+        else:
+            self._call(state, arguments)
+        return state
+
+    async def run_async(self, *args: Any, backend: "Backend | Engine | None" = None, **kwargs: Any) -> ProgramState:
+        """`run`, and wait until all is done. Whoever cancels the task ends what runs."""
+        arguments, params = self._sorted(args, kwargs)
+        state = self._state(as_backend(backend), params)
+        try:
+            await asyncio.to_thread(self._call, state, arguments)
+            await asyncio.to_thread(state.sync)
+        except asyncio.CancelledError:
+            state.run.cancel()
+            raise
+        return state
+
+    def run_batch(
+        self,
+        batch: Sequence[dict[str, Any] | Sequence[Any]],
+        *,
+        num_threads: int | str = "auto",
+        progress_bar: bool = False,
+        backend: "Backend | Engine | None" = None,
+        generator_style: bool = False,
+        **params: Any,
+    ) -> list[ProgramState] | Iterator[ProgramState]:
+        """Run it once for each set of arguments, `num_threads` at a time -> the states, in that order.
+
+        What all begin with is computed first, and kept in the cache until the last has ended. One that fails keeps its place: its
+        `error()` says why. Ctrl-C ends all of them. generator_style: each state as soon as those before it are there.
+        """
+        states = self._many(batch, num_threads, progress_bar, as_backend(backend), params, Cancel())
+        return states if generator_style else list(states)
+
+    async def run_batch_async(
+        self,
+        batch: Sequence[dict[str, Any] | Sequence[Any]],
+        *,
+        num_threads: int | str = "auto",
+        progress_bar: bool = False,
+        backend: "Backend | Engine | None" = None,
+        **params: Any,
+    ) -> list[ProgramState]:
+        cancel = Cancel()
+        states = self._many(batch, num_threads, progress_bar, as_backend(backend), params, cancel)
+        try:
+            return await asyncio.to_thread(list, states)
+        except asyncio.CancelledError:
+            cancel()
+            raise
+
+    def trace(self, **arguments: Any) -> "graph.Graph":
+        """The graph of what it does, where an argument that is not given stays open. UserError if it depends on values."""
+        return graph.trace(self, **arguments)
+
+    # ---- inside
+
+    def _sorted(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
+        """Arguments of the function, and parameters. What the function has itself is an argument."""
+        own = {name: value for name, value in kwargs.items() if name in self.arg_names}
+        params = {name: value for name, value in kwargs.items() if name not in own}
+        own = self.bound | own
+        try:
+            self.signature.bind(None, *args, **own)
+        except TypeError as error:
+            raise UserError(f"{self.func.__name__}: {error}") from None
+        return (args, own), ir.DEFAULTS | ir.checked(params, "run")
+
+    def _job(self, job: dict[str, Any] | Sequence[Any], params: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
+        if isinstance(job, dict):
+            return self._sorted((), job | params)
+        if isinstance(job, list | tuple):
+            return self._sorted(job, params)
+        raise UserError(f"run_batch takes dicts or lists of arguments; {job!r} is neither")
+
+    def _state(self, backend: Backend, params: dict[str, Any], stream: bool = False) -> ProgramState:
+        if stream and self.num_api_spec_tokens:
+            raise UserError("stream and num_api_spec_tokens: what is speculated comes in one piece")
+        return ProgramState(Run(backend, params, stream, self.num_api_spec_tokens))
+
+    def _call(self, state: ProgramState, arguments: Arguments) -> None:
+        """Raises what the function raises."""
+        try:
+            state.ret_value = self.func(state, *arguments[0], **arguments[1])
+        except BaseException as error:
+            state.fail(error)
+            state.run.cancel()
+            raise
+        finally:
+            state.run.close()
+
+    def _attempt(self, state: ProgramState, arguments: Arguments, cancel: Cancel) -> None:
+        """To its end, however it ends; `cancel` ends it, too."""
+        try:
+            with cancel.ends(state.run.cancel):
+                self._call(state, arguments)
+                state.sync()
+        except BaseException as error:
+            state.fail(error)
+
+    def _many(
+        self,
+        batch: Sequence[dict[str, Any] | Sequence[Any]],
+        num_threads: int | str,
+        progress_bar: bool,
+        backend: Backend,
+        params: dict[str, Any],
+        cancel: Cancel,
+    ) -> Iterator[ProgramState]:
+        jobs = [self._job(job, params) for job in batch]
+        count = max(96, 16 * (os.cpu_count() or 1)) if num_threads == "auto" else num_threads
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"num_threads is {num_threads!r}; it must be a whole number, at least 1, or 'auto'")
+        done: dict[int, ProgramState] = {}
+        changed, todo = threading.Condition(), iter(enumerate(jobs))
+
+        def work() -> None:
+            while True:
+                with changed:
+                    i, (arguments, values) = next(todo, (None, (None, None)))
+                if i is None:
+                    return
+                state = self._state(backend, values)
+                self._attempt(state, arguments, cancel)
+                with changed:
+                    done[i] = state
+                    bar.update()
+                    changed.notify_all()
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(count, len(jobs)))]
+        with ExitStack() as inside, tqdm(total=len(jobs), disable=not progress_bar) as bar:
+            try:
+                prefix = graph.constant_prefix(self, backend) if len(jobs) > 1 else None
+                if prefix is not None and len(prefix.text) > LEAST_PREFIX:
+                    inside.enter_context(backend.hold(prefix))
+                for thread in threads:
+                    thread.start()
+                for i in range(len(jobs)):
+                    with changed:
+                        changed.wait_for(lambda: i in done)  # noqa: B023
+                        state = done.pop(i)
+                    yield state
+            except BaseException:
+                cancel()
+                with changed:
+                    todo = iter(())
+                end = time.monotonic() + LAST_WAIT
+                for thread in threads:
+                    if thread.ident is not None:
+                        thread.join(max(0, end - time.monotonic()))
+                raise
