@@ -68,6 +68,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }
 SHAPES["smollm2-135m-152k"] = SHAPES["smollm2-135m"] | dict(vocab_size=151936)  # with a vocabulary of Qwen's size
+SHAPES["smollm2-135m-1k"] = SHAPES["smollm2-135m"] | dict(vocab_size=1024)  # the bundled tokenizer spells every token
 NAMES = (*SHAPES, *BUNDLED)
 
 
