@@ -10,13 +10,12 @@ operator, so the host's share of a step costs no time of its own there either.
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Work = Callable[[], list[Tensor]]
-T = TypeVar("T")
 
 
 class Pending(Protocol):
@@ -104,17 +103,6 @@ def from_host(values: Iterable, device: torch.device, dtype: torch.dtype | None 
     """A tensor of host values on the device; the copy does not wait."""
     t = torch.as_tensor(values, dtype=dtype)
     return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
-
-
-def apart(work: Callable[[], T]) -> T:
-    """Do `work` in a thread that ends with it.
-
-    OpenMP keeps a team of threads for every thread that has ever computed. Once the teams outnumber the cores, libgomp no longer
-    lets anybody wait by spinning, and steps of a few milliseconds take up to twice as long. So whoever prepares a model on a CPU
-    leaves no team behind, and the stream's stays the only one.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work).result()
 
 
 def open_stream(device: torch.device) -> CpuStream | CudaStream:

@@ -31,7 +31,6 @@ import readings
 from cache.pages import PagePool
 from cache.radix import EVICTION
 from checkpoint import Checkpoint, load
-from device import apart
 from errors import EngineFailed, UserError
 from grammar.compiler import BACKENDS
 from grammar.constraint import Constraint
@@ -159,14 +158,12 @@ class Engine:
         on = pick_device(device)
         checkpoint = Checkpoint.open(model)
         tokenizer = Tokenizer.from_pretrained(checkpoint.path)
+        weights = load(checkpoint, pick_dtype(dtype, checkpoint.dtype, on), on, max_model_len)
         eos = sorted({*checkpoint.eos_token_ids, *tokenizer.eos_token_ids})
-
-        def build() -> Engine:
-            weights = load(checkpoint, pick_dtype(dtype, checkpoint.dtype, on), on, max_model_len)
-            return cls(weights, tokenizer, eos, max_model_len=max_model_len, **options)
-
-        engine = apart(build)
+        engine = cls(weights, tokenizer, eos, max_model_len=max_model_len, **options)
         engine.notes = checkpoint.notes
+        if on.type == "cpu":
+            release_openmp_team()  # of whoever has loaded, who need not be the one that submits
         return engine
 
     def compile(self, greedy: bool | None = None, mode: str = "default", masked: bool | None = None) -> Iterator[str]:

@@ -3,20 +3,16 @@
 python -m pytest tests/test_device.py
 """
 
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import device
-from device import CpuStream, CudaPending, CudaStream, apart, from_host, open_stream
+from device import CpuStream, CudaPending, CudaStream, from_host, open_stream
 
-ROOT = Path(__file__).parents[1]
 HANG = 30  # seconds after which a wait is taken for a hang
 
 
@@ -238,30 +234,3 @@ def test_cuda_gives_the_results_of_the_cpu_and_does_not_wait_at_submit():
     spans = [t for p in pending for t in p.span()]
     assert all(start <= end for start, end in (p.span() for p in pending))
     assert spans[::2] == sorted(spans[::2]) and ids.tolist() == [3, 1, 2]
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads that Linux tells of")
-def test_what_is_done_apart_leaves_no_thread_behind():
-    script = """
-import os, time, torch
-from device import apart
-
-def threads():
-    return len(os.listdir("/proc/self/task"))
-
-torch.set_num_threads(2)
-before, inside = threads(), []
-assert apart(lambda: inside.append((torch.ones(1 << 20) * 2, threads()))) is None
-assert inside[0][1] >= before + 2, "the work has had no team"
-until = time.monotonic() + 30
-while threads() > before:  # a thread's end is not waited for by who joins its team
-    assert time.monotonic() < until, (before, threads())
-torch.ones(1 << 20) * 2
-assert threads() > before, "this test could not have failed"
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=120)
-
-
-def test_what_fails_apart_fails_here():
-    with pytest.raises(ZeroDivisionError):
-        apart(lambda: 1 // 0)

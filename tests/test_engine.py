@@ -5,6 +5,8 @@ pytest tests/test_engine.py
 
 import functools
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from engine import Engine, SamplingParams
+from engine_args import BUNDLED_MODEL
 from errors import UserError
 from tokenizer import Tokenizer
 
@@ -467,3 +470,19 @@ def test_from_pretrained(tmp_path: Path):
     assert engine.eos_token_ids == [3, 4] and engine.max_model_len == 64
     mine, same = engine.generate("Once", GREEDY), make(eos_token_ids=[3, 4]).generate("Once", GREEDY)
     assert (mine[0].outputs[0].text, ids_of(mine)) == (same[0].outputs[0].text, ids_of(same))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads that Linux tells of")
+def test_who_has_loaded_leaves_no_openmp_team_behind():
+    script = f"""
+import os, torch
+from engine import Engine
+torch.set_num_threads(2)
+before = set(os.listdir("/proc/self/task"))
+torch.ones(1 << 20) * 2
+team = set(os.listdir("/proc/self/task")) - before
+assert team, "there was no team: this test could not fail"
+engine = Engine.from_pretrained({str(BUNDLED_MODEL)!r}, dtype="float32")
+assert not team & set(os.listdir("/proc/self/task")), "the team is still there"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1], timeout=120)
