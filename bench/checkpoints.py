@@ -1,4 +1,4 @@
-"""The models that benchmarks run: random weights in known shapes, made once, and the bundled one.
+"""The models that benchmarks run: random weights in known shapes, made once, and the bundled ones.
 
 Speed does not depend on what the weights say. A checkpoint is a folder under the system's temporary one, so that every
 engine loads the same.
@@ -17,7 +17,7 @@ import torch
 
 from bench.common import progress
 
-BUNDLED = {"folio-tiny": Path(__file__).parent.parent / "assets" / "folio-tiny"}
+BUNDLED = {name: Path(__file__).parent.parent / "assets" / name for name in ("folio-tiny", "folio-tiny-mla")}
 _ENDLESS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype="float32")
 # config.json of each. initializer_range is about 1.2 / sqrt(hidden_size): with the usual 0.02 a random model with a
 # tied head repeats its last token for ever, and comparing that says little.

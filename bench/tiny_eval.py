@@ -1,6 +1,7 @@
-"""What the bundled model can do, measured through Folio itself: greedy, unconstrained, on facts it never saw.
+"""What a bundled model can do, measured through Folio itself: greedy, unconstrained, on facts it never saw.
 
     python -m bench.tiny_eval                                  # assets/folio-tiny, 500 items a task
+    python -m bench.tiny_eval --model assets/folio-tiny-mla    # the other one
     python -m bench.tiny_eval --model out/folio-tiny/model --n 50
 
 The items come from `examples.tiny_corpus.eval_items`: the generator that made the training data, asked for the facts
@@ -109,7 +110,7 @@ def folio_generate(engine: Any) -> Generate:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score the bundled model on held-out items.")
+    parser = argparse.ArgumentParser(description="Score a bundled model on held-out items.")
     parser.add_argument("--model", default="assets/folio-tiny")
     parser.add_argument("--n", type=int, default=500, help="items a task; long tasks (few_shot, story) take a tenth")
     parser.add_argument("--dtype", default="float32")

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.checkpoints import BUNDLED
+
 ROOT = Path(__file__).parent.parent
 GREEDY = ["--temperature", "0", "--dtype", "float32", "--max-new-tokens", "12"]
 
@@ -62,8 +64,9 @@ def test_a_stop_string_is_trimmed():
     assert result["finish_reason"] == "stop" and "a" not in result["text"]
 
 
-def test_switches_change_no_token_and_a_trace_is_written(tmp_path: Path):
-    args = ("--prompt", "Once upon a time", *GREEDY, "--quiet")
+@pytest.mark.parametrize("model", BUNDLED)
+def test_switches_change_no_token_and_a_trace_is_written(model: str, tmp_path: Path):
+    args = ("--model", str(BUNDLED[model]), "--prompt", "Once upon a time", *GREEDY, "--quiet")
     off = ("--no-radix", "--no-overlap", "--no-chunked-prefill", "--page-size", "1", "--max-total-tokens", "200")
     chunks = ("--chunked-prefill-size", "1", "--trace", str(tmp_path / "trace.json"))
     assert run(*args).stdout == run(*args, *off).stdout == run(*args, *chunks).stdout

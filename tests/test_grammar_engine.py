@@ -9,7 +9,6 @@ import json
 import random
 import re
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -19,6 +18,7 @@ import torch
 from pydantic import BaseModel, Field
 from test_matrix import preempt_at_random
 
+from bench.checkpoints import BUNDLED
 from engine import Engine, SamplingParams
 from errors import UserError
 from grammar.compiler import Compiler
@@ -27,7 +27,6 @@ from grammar.spec import Spec
 from grammar.vocabulary import Vocabulary
 from scheduler.request import State
 
-BUNDLED = Path(__file__).parent.parent / "assets" / "folio-tiny"
 PERSON = {
     "type": "object",
     "properties": {
@@ -61,9 +60,9 @@ KINDS: list[dict[str, Any]] = [
 PROMPTS = ["Once upon a time", "Once upon a time there was a cat. " * 8, "The answer is", "Once upon a"]
 
 
-def make(**options) -> Engine:
+def make(model: str = "folio-tiny", **options) -> Engine:
     defaults = dict(dtype="float32", max_batch_size=6, max_model_len=512, max_total_tokens=4096)
-    return Engine.from_pretrained(BUNDLED, **defaults | options)
+    return Engine.from_pretrained(BUNDLED[model], **defaults | options)
 
 
 def asked(seed: int, temperature: float, **extra) -> tuple[list[str], list[SamplingParams]]:
@@ -90,8 +89,8 @@ def check_valid(text: str, params: SamplingParams) -> None:
 
 
 @functools.cache
-def alone(temperature: float, jump: bool) -> list[list[int]]:
-    engine = make(overlap=False, radix=False, jump_forward=jump, max_batch_size=1)
+def alone(model: str, temperature: float, jump: bool) -> list[list[int]]:
+    engine = make(model, overlap=False, radix=False, jump_forward=jump, max_batch_size=1)
     return [engine.generate(p, s)[0].outputs[0].token_ids for p, s in zip(*asked(0, temperature), strict=True)]
 
 
@@ -101,18 +100,19 @@ def alone(temperature: float, jump: bool) -> list[list[int]]:
 ROADS = list(itertools.product([True, False], [True, False], [16, 512], [1, 16], [True, False]))
 
 
-@pytest.mark.parametrize("overlap, jump, chunk, page, preempt, temperature", [
-    (*road, temperature) for i, road in enumerate(ROADS) for temperature in ([0] if i % 3 else [0, 1.5])
+@pytest.mark.parametrize("overlap, jump, chunk, page, preempt, temperature, model", [
+    *((*road, temperature, "folio-tiny") for i, road in enumerate(ROADS) for temperature in ([0] if i % 3 else [0, 1.5])),
+    *((*road, 0, "folio-tiny-mla") for road in ROADS[::11]),  # each switch is on in some, and off in others
 ])  # fmt: skip
 def test_the_same_tokens_on_any_road(
-    overlap: bool, jump: bool, chunk: int, page: int, preempt: bool, temperature: float
+    overlap: bool, jump: bool, chunk: int, page: int, preempt: bool, temperature: float, model: str
 ):
-    engine = make(overlap=overlap, jump_forward=jump, chunk_size=chunk, page_size=page)
+    engine = make(model, overlap=overlap, jump_forward=jump, chunk_size=chunk, page_size=page)
     if preempt:
         preempt_at_random(engine.scheduler, random.Random())
     prompts, params = asked(0, temperature)
     outputs = [out.outputs[0] for out in engine.generate(prompts, params)]
-    assert [o.token_ids for o in outputs] == alone(temperature, jump)
+    assert [o.token_ids for o in outputs] == alone(model, temperature, jump)
     for output, p in zip(outputs, params, strict=True):
         assert output.finish_reason in ("stop", "length")
         if output.finish_reason == "stop":
@@ -370,7 +370,7 @@ def test_grammars_that_are_made_to_harm_leave_the_others_alone(overlap: bool):
     while engine.has_work:
         deltas += engine.step()
     said = [[t for d in deltas if d.request_id == id for t in d.token_ids] for id in ids]
-    assert said == alone(0, True) and refused >= 7
+    assert said == alone("folio-tiny", 0, True) and refused >= 7
     ended = [d for d in deltas if d.finish_reason is not None]
     assert len(ended) == len(ids) + len(HOSTILE) - refused
     engine.check()
@@ -409,26 +409,26 @@ def test_an_engine_without_a_tokenizer_says_so():
 # ---- compiled and recorded
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_padded_replays_give_the_same(graphs: bool):
-    engine = make(graphs=graphs)
+@pytest.mark.parametrize("graphs, model", [(True, "folio-tiny"), (False, "folio-tiny"), (True, "folio-tiny-mla")])
+def test_padded_replays_give_the_same(graphs: bool, model: str):
+    engine = make(model, graphs=graphs)
     for _ in engine.warm_up():
         pass
     before = engine.stats()
     prompts, params = asked(2, 0)
     outputs = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]
     after = engine.stats()
-    assert outputs == [make_one(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    assert outputs == [make_one(model, prompt, p) for prompt, p in zip(prompts, params, strict=True)]
     assert (after.steps_replayed > before.steps_replayed) == graphs and after.captured_graphs == before.captured_graphs
 
 
 @functools.cache
-def lone_engine() -> Engine:
-    return make(max_batch_size=1, overlap=False, radix=False)
+def lone_engine(model: str) -> Engine:
+    return make(model, max_batch_size=1, overlap=False, radix=False)
 
 
-def make_one(prompt: str, params: SamplingParams) -> list[int]:
-    return lone_engine().generate(prompt, params)[0].outputs[0].token_ids
+def make_one(model: str, prompt: str, params: SamplingParams) -> list[int]:
+    return lone_engine(model).generate(prompt, params)[0].outputs[0].token_ids
 
 
 def test_allow_only_sets_one_bit():

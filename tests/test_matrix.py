@@ -1,7 +1,7 @@
 """The same tokens on any road: radix, overlap, chunk size, page size, preemption and batch size change nothing.
 
-40 prompts with shared prefixes, greedy, float32, against `transformers`: the bundled model, a random one with grouped KV heads, and
-one with a latent (MLA).
+40 prompts with shared prefixes, greedy, float32, against `transformers`: both bundled models (one has a latent and experts), and
+random ones, with grouped KV heads and with a latent (MLA).
 
 pytest tests/test_matrix.py
 """
@@ -9,7 +9,6 @@ pytest tests/test_matrix.py
 import functools
 import itertools
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,28 +16,30 @@ import zoo
 from test_families import folder, our_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bench.checkpoints import BUNDLED
 from engine import Engine, SamplingParams
 from scheduler.scheduler import Scheduler
 
-BUNDLED = Path(__file__).parent.parent / "assets" / "folio-tiny"
 NEW = 12
 PROMPTS = 40
 
 
 @functools.cache
 def theirs(name: str) -> PreTrainedModel:
-    return zoo.build(name) if name != "bundled" else AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+    if name not in BUNDLED:
+        return zoo.build(name)
+    return AutoModelForCausalLM.from_pretrained(BUNDLED[name], dtype=torch.float32)
 
 
 @functools.cache
 def ours(name: str):
-    return our_model(folder(name) if name != "bundled" else BUNDLED)
+    return our_model(BUNDLED[name] if name in BUNDLED else folder(name))
 
 
 @functools.cache
 def prompts(name: str) -> list[list[int]]:
     """A tree: 4 stems, each with branches at any depth, some equal to a stem and some to each other."""
-    rng, vocab = random.Random(name), theirs(name).config.vocab_size
+    rng, vocab = random.Random("bundled" if name in BUNDLED else name), theirs(name).config.vocab_size
 
     def tokens(low: int, high: int) -> list[int]:
         return [rng.randrange(5, vocab) for _ in range(rng.randint(low, high))]
@@ -85,7 +86,7 @@ def preempt_at_random(scheduler: Scheduler, rng: random.Random) -> None:
 ROADS = list(itertools.product([True, False], [True, False], [16, 64, None], [1, 16], [True, False]))
 
 
-@pytest.mark.parametrize("name", ["bundled", "llama3", "deepseek_v2_dense"])
+@pytest.mark.parametrize("name", ["folio-tiny", "llama3", "deepseek_v2_dense"])
 @pytest.mark.parametrize("number", range(len(ROADS)), ids=[
     f"radix={r:d}-overlap={o:d}-chunk={c or 'whole'}-page={p}-preempt={f:d}" for r, o, c, p, f in ROADS
 ])  # fmt: skip
@@ -106,9 +107,10 @@ def test_the_same_tokens_on_any_road(number: int, name: str):
     assert (stats.cached_tokens > 300) == radix
 
 
-@pytest.mark.parametrize("number", range(1, len(ROADS), 6))
-def test_the_same_tokens_with_experts(number: int):
-    test_the_same_tokens_on_any_road(number, "qwen3_moe")
+@pytest.mark.parametrize("name", ["qwen3_moe", "folio-tiny-mla"])
+@pytest.mark.parametrize("number", range(1, len(ROADS), 7))  # each switch is on in some, and off in others
+def test_the_same_tokens_with_experts(number: int, name: str):
+    test_the_same_tokens_on_any_road(number, name)
 
 
 def test_every_batch_size_is_there():
