@@ -7,7 +7,7 @@
 few_shot          64 questions behind the same examples of about 1,000 tokens, each with 8 new tokens
 chat              16 chats of 4 turns, 24 new tokens each
 tree_of_thought   4 thoughts of 16 tokens, each judged by `select`, 3 levels deep, from the best one on
-self_consistency  a question of about 500 tokens, 8 seeded branches of 24 tokens, joined
+self_consistency  a question of about 500 tokens, 8 seeded branches of 24 tokens, joined (transformers draws otherwise)
 extraction        16 JSON objects, most of whose text the schema forces
 
 Each program runs as it is on four backends: `folio`; `no radix`, the same engine without the radix tree; `one by one`, the engine
@@ -109,7 +109,7 @@ def self_consistency(s, sizes):
     s += examples(sizes.context) + "Question: how many of them were happy?\n"
     forks = s.fork(sizes.branches)
     forks += lambda i: gen("answer", max_tokens=sizes.answer, temperature=0.8, seed=i)
-    forks.join()
+    forks.join("concate_and_append")
 
 
 def record(number: int) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def measure(backends: dict[str, Any], program: Program, batch: list[dict[str, An
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     folder = checkpoint_of(args.shape)
     tokenizer = Tokenizer.from_pretrained(folder)
-    options = dict(dtype="float32", max_batch_size=64, max_total_tokens=131072, max_model_len=2048)
+    options = dict(dtype="float32", max_batch_size=64, max_total_tokens=81920, max_model_len=2048)
     engine = Engine.from_pretrained(folder, **options)
     backends = {
         "folio": Recording(engine),
