@@ -16,10 +16,10 @@ that one uninterrupted run of this command takes the same steps over the same do
 grammar of stories and of JSON came within 500 steps, copying an unseen name from step 900 on, sums only with the late
 mixture, and a good part of the rest from the decay.
 
-folio-tiny-mla: 3.92 M parameters, 500 steps of 4,096 tokens = 2.0 M tokens, a sixth of what the other read, on the same
-machine beside other work that left it 300 to 2,600 tokens/s. Stopped and resumed, too: at step 141 to raise the
-learning rate, and at 372 to bring the end nearer. So few tokens teach the form of everything and nothing by heart: names
-are copied only in part.
+folio-tiny-mla: 3.92 M parameters, 740 steps of 4,096 tokens = 3.0 M tokens, a quarter of what the other read, on the same
+machine beside other work that left it 300 to 3,600 tokens/s. Stopped and resumed, too: at step 141 to raise the learning
+rate, then to bring the end nearer. The loss was 0.93 by step 380, 0.68 by step
+580, for now names were copied, and 0.47 in the end. Of sums it saw too few: the end came before the late mixture.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ RECIPES = {
         lr=5e-3,
         rows={256: 0.45, 512: 0.35, 1024: 0.13, 2048: 0.07},
         muon=True,
-        late=400,
-        schedule=[(0, 0.006), (99, 0.6), (140, 0.6), (160, 1.0), (410, 1.0), (500, 0.0)],
+        late=None,
+        schedule=[(0, 0.006), (99, 0.6), (140, 0.6), (160, 1.0), (600, 1.0), (740, 0.0)],
     ),
 }
 
