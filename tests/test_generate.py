@@ -1,5 +1,7 @@
 """The command line, run as a user runs it, on the bundled model: output, JSON, pipes, mistakes, Ctrl-C."""
 
+import gc
+import io
 import json
 import os
 import re
@@ -7,30 +9,46 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import generate
 from bench.checkpoints import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 GREEDY = ["--temperature", "0", "--dtype", "float32", "--max-new-tokens", "12"]
 
 
-def run(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
+def run_alone(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
+    """As a user runs it."""
     command = [sys.executable, str(ROOT / "generate.py"), *args]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, env=os.environ | env, timeout=300)
 
 
+def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess:
+    """The same in this process, which has imported already what takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            code = generate.main(list(args))
+        except SystemExit as left:
+            code = left.code
+    gc.collect()  # the engine, which ends its trace
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
 def test_prompt_pipe_file_and_json_agree(tmp_path: Path):
     (tmp_path / "prompt.txt").write_text("Once upon a time")
-    by_flag = run("--prompt", "Once upon a time", *GREEDY)
+    by_flag = run_alone("--prompt", "Once upon a time", *GREEDY)
     assert by_flag.returncode == 0 and by_flag.stdout.startswith("Once upon a time, ")
     for word in ("prompt tokens", "new at", "MBU", "peak memory", "MB of weights per token"):
         assert word in by_flag.stderr
-    by_pipe = run(*GREEDY, "--quiet", stdin="Once upon a time\n")
+    by_pipe = run_alone(*GREEDY, "--quiet", stdin="Once upon a time\n")
     assert (by_pipe.stdout, by_pipe.stderr) == (by_flag.stdout, "")
     by_file = run("--prompt-file", str(tmp_path / "prompt.txt"), *GREEDY, "--quiet", "--json")
     text, last = by_file.stdout.rstrip("\n").rsplit("\n", 1)
@@ -169,12 +187,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], message: str):
 
 
 def test_cuda_without_one(monkeypatch):
-    result = run("--prompt", "x", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    result = run_alone("--prompt", "x", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2 and "0 CUDA devices" in result.stderr
 
 
 def test_compile_without_a_compiler_says_so_and_goes_on():
-    result = run("--prompt", "Once", *GREEDY, "--compile", CXX="no-such-compiler", CUDA_VISIBLE_DEVICES="")
+    result = run_alone("--prompt", "Once", *GREEDY, "--compile", CXX="no-such-compiler", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0 and result.stdout.startswith("Once")
     assert "NOT COMPILED" in result.stderr and "install g++" in result.stderr
 
