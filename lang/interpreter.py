@@ -26,13 +26,7 @@ from lang.speculation import Surplus
 from lang.transcript import Messages, Transcript
 from serving.reasoning import PARSERS, Reasoning
 
-QUICK = (
-    ir.Text,
-    ir.Begin,
-    ir.End,
-    ir.ScopeBegin,
-    ir.ScopeEnd,
-)  # done at once, in the caller's thread, if nothing waits
+QUICK = (ir.Text, ir.Begin, ir.End, ir.ScopeBegin, ir.ScopeEnd)  # done at once, by the caller, if nothing waits
 END = object()  # of an iteration
 
 

@@ -62,9 +62,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: no logprobs; n: of the chosen token and the n likeliest
     prompt_logprobs: int | None = None  # the same of the prompt's tokens, but for the first
-    logprob_start_len: int = (
-        0  # of these, the position of the first; what is before it may come from the cache (SGLang)
-    )
+    logprob_start_len: int = 0  # of these, the first one's position; what is before it may come from the cache
     pooling: Literal["mean", "last"] | None = None  # no text, but the hidden states of the prompt as one
     skip_special_tokens: bool = True
     json_schema: str | bool | dict[str, Any] | type | None = (

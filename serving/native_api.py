@@ -10,7 +10,6 @@ event of a stream has the whole text so far, and `top_k` -1 means off.
 """
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -19,12 +18,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from errors import UserError
 from scheduler.request import TokenLogprob
+from serving import sse
 from serving.answers import Answer
-from serving.api_errors import ApiError, EngineDown, ModelNotFound, api_error
+from serving.api_errors import ApiError, EngineDown, ModelNotFound
 from serving.client import EngineClient
 from serving.messages import Delta
 from serving.native_protocol import (
@@ -48,7 +48,6 @@ from tokenizer import Tokenizer
 
 HEALTH_SECONDS = 20.0  # that /health_generate waits for a token
 STATS_SECONDS = 5.0  # that /metrics and /server_info wait for the engine, which answers between two steps
-SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> APIRouter:
@@ -62,7 +61,7 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
             return JSONResponse(await batch.whole())
         events = batch.events()
         first = await anext(events)  # what the engine refuses is a status, not an event
-        return StreamingResponse(_sse(first, events), media_type="text/event-stream", headers=SSE)
+        return sse.stream(first, events)
 
     @routes.get("/flush_cache", **answers(Flushed, 503))
     @routes.post("/flush_cache", **answers(Flushed, 503))
@@ -353,23 +352,6 @@ def _finish_reason(delta: Delta, tokens: int) -> dict[str, Any] | None:
             return {"type": "stop", "matched": delta.stop_reason}
         case reason:
             return {"type": reason, "message": "the request was aborted"}
-
-
-async def _sse(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Server-sent events, the last of them [DONE]. What fails on the way is an event, too."""
-    try:
-        yield _event(first)
-        async for event in rest:
-            yield _event(event)
-    except Exception as error:
-        yield _event(api_error(error).body())
-    finally:
-        await rest.aclose()
-    yield b"data: [DONE]\n\n"
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
 
 
 def _new_rid() -> str:

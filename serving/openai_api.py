@@ -10,8 +10,6 @@ error with a status; after it, an `error` in the stream.
 """
 
 import asyncio
-import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -21,13 +19,13 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from errors import UserError
-from serving.api_errors import ApiError, ModelNotFound, api_error
+from serving import sse
+from serving.api_errors import ApiError, ModelNotFound
 from serving.chat import Chats
 from serving.messages import Delta
-from serving.native_api import SSE
 from serving.openai_answers import ChatChoice, CompletionChoice, Tally, embedding, envelope
 from serving.openai_protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, refused
 from serving.openai_route import NamingRoute
@@ -35,8 +33,6 @@ from serving.openai_shapes import ChatCompletion, Completion, Embeddings, Model,
 from serving.openapi import answers
 from serving.settings import Settings
 from tokenizer import Tokenizer
-
-log = logging.getLogger("uvicorn.error")
 
 
 class Client(Protocol):
@@ -154,7 +150,7 @@ class Answer:
         chunks = self._chunks(client, jobs)
         if self.body.stream:
             first = await anext(chunks)  # from now on the status is 200
-            return StreamingResponse(_events(first, chunks), media_type="text/event-stream", headers=SSE)
+            return sse.stream(first, chunks)
         async for _ in chunks:
             pass
         choices = [choice.whole() for choice in self.choices]
@@ -179,24 +175,6 @@ class Answer:
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = self._head | {"object": self._chunk_kind, "choices": choices}
         return chunk | {"usage": None} if self.body.include_usage else chunk
-
-
-async def _events(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Chunks as server-sent events. What fails now is told inside of the stream."""
-    async with aclosing(chunks):
-        try:
-            yield _event(first)
-            async for chunk in chunks:
-                yield _event(chunk)
-        except Exception as error:
-            if not isinstance(error, ApiError):
-                log.exception("a stream has failed")
-            yield _event(api_error(error).body())
-        yield "data: [DONE]\n\n"
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
 async def _deltas(

@@ -8,7 +8,6 @@ behind the key: snapshots have the beginnings of prompts in them.
     python -m pytest tests/test_debug_events.py tests/test_page.py
 """
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict
@@ -17,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse
 from pydantic import TypeAdapter
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from serving import sse
 from serving.client import EngineClient
 from serving.openapi import answers
 from serving.settings import Settings
@@ -35,7 +35,6 @@ HEADERS = {  # nothing from elsewhere is loaded, nobody else frames it, and a ne
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
-SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _plain = TypeAdapter(Snapshot)
 
 
@@ -74,21 +73,17 @@ def router(client: EngineClient, tokenizer: Tokenizer, settings: Settings) -> AP
     async def events(request: Request) -> Response:
         """Events `model` (once), `snapshot` (a few times a second) and `away` (while there is no engine), until the reader goes."""
         client.watchers.refuse_if_full()
-        return StreamingResponse(stream(request.app.state.stopping), media_type="text/event-stream", headers=SSE)
+        return sse.response(stream(request.app.state.stopping))
 
     async def stream(stopping: Any) -> AsyncIterator[bytes]:
-        yield event("model", {"name": settings.served_model_name} | asdict(client.model))
+        yield sse.event({"name": settings.served_model_name} | asdict(client.model), "model")
         async with aclosing(client.watchers.look()) as snapshots:
             async for snapshot in snapshots:
                 if stopping():
                     return
                 if snapshot is not None:
-                    yield event("snapshot", told(snapshot))
+                    yield sse.event(told(snapshot), "snapshot")
                 else:
-                    yield event("away", {"why": client.why_unhealthy or "it is busy with a long step"})
+                    yield sse.event({"why": client.why_unhealthy or "it is busy with a long step"}, "away")
 
     return routes
-
-
-def event(name: str, content: dict[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(content)}\n\n".encode()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_server import Scripted, app_of, served
 from test_grammar_harmony import CALL, FINAL, PREAMBLE, THOUGHT, TOOLS, compiler, takes
+from test_tool_calls import added_up
 
 from errors import UserError
 from grammar.harmony import HEADS
@@ -33,16 +34,7 @@ def parse(*texts: str) -> tuple[str, str, list[tuple[str, str, str]]]:
     numbers = count()
     reader = Harmony(TOOLS, new_id=lambda: f"id-{next(numbers)}")
     parts = [reader.add(text) for text in texts] + [reader.finish()]
-    answer, calls = "", []
-    for piece in [piece for part in parts for piece in part.pieces]:
-        if isinstance(piece, str):
-            answer += piece
-            continue
-        if piece.name is not None:
-            assert piece.index == len(calls)
-            calls.append((piece.id, piece.name, ""))
-        id, name, arguments = calls[piece.index]
-        calls[piece.index] = (id, name, arguments + piece.arguments)
+    answer, calls = added_up([piece for part in parts for piece in part.pieces])
     assert reader.calls == len(calls)
     return "".join(part.thought for part in parts), answer, calls
 

@@ -335,7 +335,7 @@ def test_a_client_that_does_not_read_holds_nobody(http, server):
             chunk = raw.recv(1 << 20)
             assert chunk, "cut off"
             got += chunk
-    assert got.count(b'"type": "length"') == 1
+    assert got.count(b'"type":"length"') == 1
 
 
 def test_a_request_can_be_aborted_by_its_id(http):

@@ -51,8 +51,13 @@ def parse(notation: str, *pieces: str) -> tuple[str, list[tuple[str, str, str]]]
     """-> the text, and (id, name, arguments) of each call."""
     numbers = count()
     parser = ToolCalls(notation, TOOLS, new_id=lambda: f"id-{next(numbers)}")
+    return added_up([p for new in pieces for p in parser.add(new)] + parser.finish())
+
+
+def added_up(pieces: list[str | CallDelta]) -> tuple[str, list[tuple[str, str, str]]]:
+    """-> the text, and of each call id, name and arguments."""
     text, calls = "", []
-    for piece in [p for new in pieces for p in parser.add(new)] + parser.finish():
+    for piece in pieces:
         if isinstance(piece, str):
             text += piece
             continue
