@@ -14,7 +14,7 @@ The names are those of SGLang's frontend language (Zheng et al., 2024). docs/lan
 
 from typing import Any
 
-from lang.backend import Backend, BackendError, Cancelled, EngineBackend, set_default_backend
+from lang.backend import Backend, BackendError, Cancelled, EngineBackend, Runtime, flush_cache, set_default_backend
 from lang.choices import greedy_token_selection, token_length_normalized, unconditional_likelihood_normalized
 from lang.graph import Graph
 from lang.interpreter import ProgramError, ProgramState
@@ -38,10 +38,11 @@ from lang.program import Program, function
 from lang.remote import Anthropic, LiteLLM, OpenAI, VertexAI
 
 __all__ = [
-    "Anthropic", "Backend", "BackendError", "Cancelled", "EngineBackend", "Graph", "LiteLLM", "OpenAI", "Program", "ProgramError",
-    "ProgramState", "RuntimeEndpoint", "VertexAI", "assistant", "assistant_begin", "assistant_end", "function", "gen", "gen_int",
-    "gen_string", "greedy_token_selection", "select", "separate_reasoning", "set_default_backend", "system", "system_begin",
-    "system_end", "token_length_normalized", "unconditional_likelihood_normalized", "user", "user_begin", "user_end",
+    "Anthropic", "Backend", "BackendError", "Cancelled", "EngineBackend", "Graph", "LiteLLM", "OpenAI", "Program",
+    "ProgramError", "ProgramState", "Runtime", "RuntimeEndpoint", "VertexAI", "assistant", "assistant_begin",
+    "assistant_end", "flush_cache", "function", "gen", "gen_int", "gen_string", "greedy_token_selection", "select",
+    "separate_reasoning", "set_default_backend", "system", "system_begin", "system_end", "token_length_normalized",
+    "unconditional_likelihood_normalized", "user", "user_begin", "user_end",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from engine import Engine
@@ -124,6 +125,10 @@ class Backend:
         """Compute what many prompts begin with, and keep it while inside."""
         return nullcontext()
 
+    def flush_cache(self) -> None:
+        """Forget all prefixes that nobody uses."""
+        raise UserError(f"{self!r} has no cache that can be flushed from here")
+
 
 class EngineBackend(Backend):
     """An engine of this process."""
@@ -185,6 +190,9 @@ class EngineBackend(Backend):
     def hold(self, prompt: Transcript) -> AbstractContextManager[int]:
         return self.engine.hold(self._encode(prompt))
 
+    def flush_cache(self) -> None:
+        self.engine.flush_cache()
+
     def _encode(self, prompt: Transcript, more: str = "") -> list[int]:
         ids = self.tokenizer.encode(prompt.text + more, add_special_tokens=not prompt.is_chat)
         if not ids:
@@ -211,6 +219,17 @@ class EngineBackend(Backend):
         return told
 
 
+class Runtime(EngineBackend):
+    """An engine of its own, as SGLang's examples make one. options: of `Engine.from_pretrained`."""
+
+    def __init__(self, model_path: str | Path, **options: Any):
+        super().__init__(Engine.from_pretrained(model_path, **options))
+
+    def shutdown(self) -> None:
+        """Drop what is cached; the engine goes when nobody has it any more, and has no process that must be ended."""
+        self.flush_cache()
+
+
 def begin_of_choice(before: Sequence[int], ids: Sequence[int]) -> int:
     """Where in `ids`, a prompt with a choice, the choice begins: at the first token that is not the prompt's `before`.
 
@@ -228,6 +247,11 @@ def set_default_backend(backend: "Backend | Engine | None") -> None:
     """For programs that are run without `backend`."""
     global _default
     _default = None if backend is None else as_backend(backend)
+
+
+def flush_cache(backend: "Backend | Engine | None" = None) -> None:
+    """Forget all prefixes that nobody uses; `backend`: of which, if not of the default one."""
+    as_backend(backend).flush_cache()
 
 
 def as_backend(backend: "Backend | Engine | None") -> Backend:

@@ -6,7 +6,7 @@ A chat is rendered here, so the checkpoint's tokenizer must be on this machine: 
 does.
 The key is read from the environment, when a request is sent, and kept nowhere.
 
-    python -m pytest tests/test_lang_backends.py
+    python -m pytest tests/test_lang_examples.py
 """
 
 import json

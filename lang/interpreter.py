@@ -15,12 +15,12 @@ import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from errors import UserError
 from lang import ir
-from lang.backend import Backend, Cancel
+from lang.backend import Backend, Cancel, Piece
 from lang.choices import decide
 from lang.speculation import Surplus
 from lang.transcript import Messages, Transcript
@@ -323,14 +323,10 @@ class ProgramState:
 
     def _do_gen(self, part: ir.Gen) -> None:
         params = self.run.defaults | part.params
-        if self._surplus is not None:
-            pieces = self._surplus.generate(self.run.backend, self._transcript, params, self.run.cancel)
-        else:
-            pieces = self.run.backend.generate(self._transcript, params, self.run.stream, self.run.cancel)
         count = params.get("n", 1)
         texts, metas = [""] * count, [{}] * count
         self._set(part.name, "" if count == 1 else texts, {})
-        for piece in pieces:
+        for piece in self._generate(params):
             texts[piece.index] += piece.text
             metas[piece.index] = piece.meta
             with self._changed:
@@ -338,6 +334,16 @@ class ProgramState:
                     self._transcript.add(piece.text)
                 self._set(part.name, *((texts[0], metas[0]) if count == 1 else (list(texts), list(metas))))
                 self._changed.notify_all()
+
+    def _generate(self, params: dict[str, Any]) -> Iterator[Piece]:
+        backend, asked, cancel = self.run.backend, self._transcript, self.run.cancel
+        if params["max_new_tokens"] == 0 and params.get("return_logprob"):  # what might come next, and nothing of it
+            for piece in backend.generate(asked, params | {"max_new_tokens": 1}, False, cancel):
+                yield replace(piece, text="")
+        elif self._surplus is not None:
+            yield from self._surplus.generate(backend, asked, params, cancel)
+        else:
+            yield from backend.generate(asked, params, self.run.stream, cancel)
 
     def _do_select(self, part: ir.Select) -> None:
         unconditional = getattr(part.method, "needs_unconditional", False)

@@ -44,9 +44,9 @@ class Remote(Backend):
 
     continues_turns = False
 
-    def __init__(self, model: str, extras: bool = False):
+    def __init__(self, model_name: str, extras: bool = False):
         super().__init__()
-        self.model, self.extras = model, extras
+        self.model_name, self.extras = model_name, extras
 
     def _chat(self, **body: Any) -> Any:
         raise NotImplementedError
@@ -55,7 +55,7 @@ class Remote(Backend):
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.model!r})"
+        return f"{type(self).__name__}({self.model_name!r})"
 
     def check(self, params: dict[str, Any]) -> None:
         for name in params:
@@ -94,7 +94,7 @@ class Remote(Backend):
         if prompt.is_chat:
             raise UserError("select in a chat is not to be had from this API; write the prompt as plain text")
         texts = [prompt.text, *(prompt.text + choice for choice in choices)]
-        body = {"model": self.model, "prompt": texts, "echo": True, "logprobs": 0, "max_tokens": 0}
+        body = {"model": self.model_name, "prompt": texts, "echo": True, "logprobs": 0, "max_tokens": 0}
         [said] = self._sent(self._complete, body, False)
         before, *told = [choice.logprobs for choice in sorted(said.choices, key=lambda choice: choice.index)]
         starts = [begin_of_choice(before.tokens, one.tokens) for one in told]
@@ -122,7 +122,7 @@ class Remote(Backend):
         return self._complete, body
 
     def _body(self, params: dict[str, Any]) -> dict[str, Any]:
-        body = {"model": self.model} | {name: params[name] for name in SAME if name in params}
+        body = {"model": self.model_name} | {name: params[name] for name in SAME if name in params}
         if "json_schema" in params:
             schema = {"name": "answer", "schema": json.loads(params["json_schema"]), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -146,7 +146,7 @@ class OpenAI(Remote):
 
     def __init__(
         self,
-        model: str,
+        model_name: str,
         *,
         base_url: str | None = None,
         extras: bool = False,
@@ -157,7 +157,7 @@ class OpenAI(Remote):
 
         if "api_key" in options:
             raise UserError(f"a key is given to no object here; put it into the environment, as {api_key_env}")
-        super().__init__(model, extras)
+        super().__init__(model_name, extras)
         key = os.environ.get(api_key_env) or (None if base_url is None else "none")
         if key is None:
             raise UserError(f"there is no key for OpenAI: set {api_key_env}")
@@ -168,15 +168,15 @@ class OpenAI(Remote):
 class LiteLLM(Remote):
     """Whatever `litellm` knows, by its names: "anthropic/...", "gemini/...", "vertex_ai/...". options: of its calls."""
 
-    def __init__(self, model: str, *, extras: bool = False, **options: Any):
+    def __init__(self, model_name: str, *, extras: bool = False, **options: Any):
         os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else the import asks the network for prices
         import litellm
 
         if "api_key" in options:
             raise UserError("a key is given to no object here; put it into the environment, where litellm looks for it")
-        super().__init__(model, extras)
+        super().__init__(model_name, extras)
         litellm.suppress_debug_info = True
-        self._known = litellm.get_supported_openai_params(model=model) or []
+        self._known = litellm.get_supported_openai_params(model=model_name) or []
         self._options, self._litellm = options, litellm
 
     def check(self, params: dict[str, Any]) -> None:
@@ -193,12 +193,12 @@ class LiteLLM(Remote):
         return self._litellm.text_completion(**body, **self._options)
 
 
-def Anthropic(model: str, **options: Any) -> LiteLLM:
-    return LiteLLM(f"anthropic/{model}", **options)
+def Anthropic(model_name: str, **options: Any) -> LiteLLM:
+    return LiteLLM(f"anthropic/{model_name}", **options)
 
 
-def VertexAI(model: str, **options: Any) -> LiteLLM:
-    return LiteLLM(f"vertex_ai/{model}", **options)
+def VertexAI(model_name: str, **options: Any) -> LiteLLM:
+    return LiteLLM(f"vertex_ai/{model_name}", **options)
 
 
 def without_keys(text: str) -> str:

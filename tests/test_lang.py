@@ -20,9 +20,11 @@ from lang import (
     Cancelled,
     EngineBackend,
     ProgramError,
+    Runtime,
     assistant,
     assistant_begin,
     assistant_end,
+    flush_cache,
     function,
     gen,
     gen_int,
@@ -577,6 +579,44 @@ def test_the_engine_says_what_it_says_to_anybody(engine):
         )
         assert "".join(state.text_iter("x")) == chat
         assert state.messages()[-1] == {"role": "assistant", "content": chat}
+
+
+def test_no_token_tells_what_might_come_and_says_nothing(engine):
+    """As CoT decoding (Wang and Zhou, 2024) begins: a branch for each of the likeliest first tokens."""
+
+    def program(s, spec=None):
+        s += "Once upon a" + gen("x", max_tokens=0, logprobs=3, return_text_in_logprobs=True)
+        s += gen("y", max_tokens=4)
+
+    plain = run(lambda s: s.__iadd__("Once upon a" + gen("y", max_tokens=4)), engine, temperature=0)
+    for how in ({}, {"num_api_spec_tokens": 8}):
+        state = function(program, **how).run(backend=engine, temperature=0)
+        assert (state["x"], state.text()) == ("", plain.text())
+        [top] = state.get_meta_info("x")["output_top_logprobs"]
+        assert len(top) == 3 and top[0][2] == " time" and top[0][0] > top[1][0] > top[2][0]
+    branch = run(lambda s: s.__iadd__("Once upon a" + top[1][2] + gen("y", max_tokens=4)), engine, temperature=0)
+    assert branch.text() != plain.text()
+
+
+def test_an_engine_under_the_name_that_sglang_has_for_it():
+    runtime = Runtime(model_path=TINY, dtype="float32", max_batch_size=2)
+    begin = "Once upon a time, there was a little girl named Lily. She loved to play with her"
+    story = function(lambda s: s.__iadd__(begin + gen("x", max_tokens=4)))
+
+    def cached() -> int:
+        return story.run(temperature=0).get_meta_info("x")["cached_tokens"]
+
+    set_default_backend(runtime)
+    try:
+        assert (cached(), cached()) == (0, 16)
+        flush_cache()
+        assert cached() == 0
+    finally:
+        set_default_backend(None)
+    runtime.shutdown()
+    assert runtime.engine.stats().pages_held == 0
+    with pytest.raises(UserError, match="has no cache"):
+        flush_cache(Scripted())
 
 
 def test_the_engine_refuses_by_name(engine):

@@ -1,7 +1,7 @@
 """Speculative calls: three fields of a remote completion in one call, because the text between them can be foreseen.
 
 python server.py &
-python -m examples.programs.speculative http://localhost:30000/v1
+python -m examples.programs.speculative                 # or, of another server, its URL up to /v1
 """
 
 import sys
@@ -22,7 +22,8 @@ speculative = function(fields, num_api_spec_tokens=48)
 
 
 if __name__ == "__main__":
-    backend = OpenAI("folio-tiny", base_url=sys.argv[1], extras=True)
+    url = sys.argv[1] if len(sys.argv) > 1 else "http://localhost:30000/v1"
+    backend = OpenAI("folio-tiny", base_url=url, extras=True)
     for program in (plain, speculative):
         backend.token_usage.reset()
         print(program.run(temperature=0, backend=backend).text().removeprefix(SHEET))
