@@ -6,14 +6,15 @@ order, so entry j of its history is found at slot `page_table[b, j // S] * S + j
 
 A step is ragged: T new tokens of B sequences, one sequence after the other. PyTorch wants rectangles. So the step is cut
 into sequences with equally many new tokens: all decodes together are one rectangle, each chunk of a prompt is one. Of each
-the histories are gathered once. A long chunk is then cut into blocks of queries, and a block sees no entries behind its own
-last query: most of what the causal mask would throw away is never computed. There are two forms: `paged_sdpa` hands the
-blocks to PyTorch's own attention, and `paged_reference` writes the softmax out, so that scores can be changed on the way
-(`kernels/variants.py`).
+the histories are gathered once, a few sequences at a time, so that they are still near when they are attended to. A long chunk
+is then cut into blocks of queries, and a block sees no entries behind its own last query: most of what the causal mask would
+throw away is never computed. There are two forms: `paged_sdpa` hands the blocks to PyTorch's own attention, and
+`paged_reference` writes the softmax out, so that scores can be changed on the way (`kernels/variants.py`).
 
     python -m pytest tests/test_attention.py
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from kernels.variants import Mask, Variant, apply_in_torch
 
 QUERIES = 128  # of a chunk that read their history together
+NEAR = 2**21  # bytes of keys that are gathered at a time, unless one history is longer: a core's own cache
 
 
 @dataclass
@@ -217,20 +219,51 @@ def histories(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, slice]]:
     """Of each block of Q queries of B sequences: queries [B, K, G * Q, D], keys [B, K, L, D], values [B, K, L, V], its tokens.
 
-    The G = H / K query heads that share a KV head become rows of one product, so each key is read once.
+    The G = H / K query heads that share a KV head become rows of one product, so each key is read once. Keys and values are to be
+    used before the next block is asked for.
     """
     H, D = q.shape[1:]
     K = keys.shape[1]
+    row = K * D * keys.element_size()
     token = entry = 0
-    for B, new, history in shapes.view(-1, 3).tolist():
+    for B, new, history in pieces(shapes, row):
         slots = read_slots.narrow(0, entry, B * history)
-        # index_select of whole rows: nearly twice as fast as keys[slots]
-        k, v = (x.flatten(1).index_select(0, slots).view(B, history, K, -1).transpose(1, 2) for x in (keys, values))
+        k = gathered(keys, slots, "keys").view(B, history, K, -1).transpose(1, 2)
+        v = gathered(values, slots, "values").view(B, history, K, -1).transpose(1, 2)
         for queries, seen in query_blocks(new, history):
             tokens = slice(token + queries.start * B, token + queries.stop * B)  # B is 1 where there are many blocks
             x = q[tokens].view(B, -1, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
             yield x, k[:, :, :seen], v[:, :, :seen], tokens
         token, entry = token + B * new, entry + B * history
+
+
+def pieces(shapes: Tensor, row: int) -> Iterator[tuple[int, int, int]]:
+    """Cut rectangles into ones of as many sequences as have keys of NEAR bytes together, at `row` bytes an entry."""
+    for B, new, history in shapes.view(-1, 3).tolist():
+        most = max(1, NEAR // (history * row))
+        for first in range(0, B, most):
+            yield min(most, B - first), new, history
+
+
+_scratch = threading.local()
+
+
+def gathered(x: Tensor, slots: Tensor, name: str) -> Tensor:
+    """x [all slots, ...], slots [N] -> [N, -1]; on a CPU until the next call with that name.
+
+    There it is always the same memory, as long as the thread lives: page faults of fresh memory cost more than the copy itself.
+    index_select of whole rows is nearly twice as fast as x[slots].
+    """
+    x = x.flatten(1)
+    if x.device.type != "cpu":
+        return x.index_select(0, slots)
+    size = len(slots) * x.shape[1]
+    kept = getattr(_scratch, name, None)
+    if kept is None or kept.dtype != x.dtype or len(kept) < size:
+        with torch.inference_mode(False):
+            kept = torch.empty(size, dtype=x.dtype)
+        setattr(_scratch, name, kept)
+    return torch.index_select(x, 0, slots, out=kept[:size].view(len(slots), -1))
 
 
 def joined(parts: list[Tensor], heads: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from errors import UserError
 from kernels.dispatch import Layout, attend, choose_backend, lay_out
-from kernels.reference import attention_bias, history_slots
+from kernels.reference import attention_bias, history_slots, pieces
 from kernels.reference_write import write_kv
 from kernels.variants import CAUSAL, MASK_MODS, SCORE_MODS, MaskMod, Variant, jit, model_variant, tl
 
@@ -280,6 +280,18 @@ def test_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, queries: int):
     write(case, case.lengths)
     for window in (None, 5):
         assert_matches(case, [1, 19, 17, 1], window)
+
+
+@pytest.mark.parametrize("near", [1, 2, 3])  # histories that are gathered together
+@pytest.mark.parametrize("new", [[1, 1, 1, 1, 1], [1, 1, 9, 1, 1]], ids=str)
+def test_histories_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, new: list[int], near: int):
+    case = make(5, [20, 37, 41, 9, 30], 16, heads=4, kv_heads=2)
+    row = 2 * 8 * 4
+    longest = 48 * row  # in whole pages
+    monkeypatch.setattr("kernels.reference.NEAR", near * longest)
+    assert next(pieces(torch.tensor([5, 1, 48]), row)) == (near, 1, 48)
+    write(case, case.lengths)
+    assert_matches(case, new)
 
 
 def test_bfloat16():
