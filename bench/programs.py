@@ -187,7 +187,7 @@ class Recording(EngineBackend):
         ids = self._encode(prompt)
         with self._turn:
             pieces = list(super().generate(prompt, params, stream, cancel))
-        self.ledger.calls.append((ids, self._encode(prompt, pieces[0].text)))
+        self.ledger.calls.append((ids, ids + pieces[0].meta["output_ids"]))
         yield from pieces
 
     def score(self, prompt: Transcript, choices: Sequence[str], unconditional: bool) -> list[Score]:

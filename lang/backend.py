@@ -148,26 +148,27 @@ class EngineBackend(Backend):
     def generate(self, prompt: Transcript, params: dict[str, Any], stream: bool, cancel: Cancel) -> Iterator[Piece]:
         ids, wanted = self._encode(prompt), self._params(params)
         self.token_usage.add(calls=1, prompt_tokens=len(ids))
-        texts, counts, logprobs = [""] * wanted.n, [0] * wanted.n, [[] for _ in range(wanted.n)]
+        texts, tokens, logprobs = [""] * wanted.n, [[] for _ in range(wanted.n)], [[] for _ in range(wanted.n)]
         with self.engine.stream(ids, wanted) as deltas, cancel.ends(deltas.close):
             for delta in deltas if stream else deltas.whole():
                 i = delta.index
                 if delta.finish_reason in ("error", "abort"):
                     raise delta.error or BackendError(str(delta.stop_reason or "the request was aborted"))
                 texts[i] += delta.text
-                counts[i] += len(delta.token_ids)
+                tokens[i] += delta.token_ids
                 logprobs[i] += delta.logprobs or []
                 if stream or delta.finish_reason is not None:
                     meta = {
                         "finish_reason": delta.finish_reason
                         and {"type": delta.finish_reason, "matched": delta.stop_reason},
                         "prompt_tokens": len(ids),
-                        "completion_tokens": counts[i],
+                        "completion_tokens": len(tokens[i]),
                         "cached_tokens": delta.cached_tokens,
+                        "output_ids": tokens[i],
                     }
                     yield Piece(texts[i], meta | self._logprobs(logprobs[i], params), i)
                     texts[i] = ""
-        self.token_usage.add(completion_tokens=sum(counts))
+        self.token_usage.add(completion_tokens=sum(map(len, tokens)))
 
     def score(self, prompt: Transcript, choices: Sequence[str], unconditional: bool) -> list[Score]:
         before = self._encode(prompt)

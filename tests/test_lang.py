@@ -564,7 +564,7 @@ def test_the_engine_says_what_it_says_to_anybody(engine):
     state = run(lambda s: s.__iadd__("Once upon a time" + asked), engine, temperature=0)
     assert state["x"] == plain.text
     info = state.get_meta_info("x")
-    assert [id for _, id, _ in info["output_token_logprobs"]] == plain.token_ids
+    assert [id for _, id, _ in info["output_token_logprobs"]] == info["output_ids"] == plain.token_ids
     assert "".join(text for *_, text in info["output_token_logprobs"]) == plain.text
     assert len(info["output_top_logprobs"]) == 12 and len(info["output_top_logprobs"][0]) == 2
     assert (info["finish_reason"]["type"], info["completion_tokens"]) == ("length", 12)
