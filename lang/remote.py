@@ -161,7 +161,10 @@ class OpenAI(Remote):
         key = os.environ.get(api_key_env) or (None if base_url is None else "none")
         if key is None:
             raise UserError(f"there is no key for OpenAI: set {api_key_env}")
-        client = openai.OpenAI(base_url=base_url, api_key=key, **options)
+        try:
+            client = openai.OpenAI(base_url=base_url, api_key=key, **options)
+        except TypeError as error:  # an option that it does not have
+            raise UserError(str(error)) from None
         self._chat, self._complete = client.chat.completions.create, client.completions.create
 
 

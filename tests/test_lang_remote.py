@@ -166,6 +166,8 @@ def test_keys_come_from_the_environment_and_go_nowhere_else(monkeypatch, server)
         OpenAI("gpt")
     with pytest.raises(UserError, match="a key is given to no object"):
         OpenAI("gpt", api_key=SECRET)
+    with pytest.raises(UserError, match="unexpected keyword argument 'is_chat_model'"):
+        OpenAI("gpt", base_url="http://127.0.0.1:9", is_chat_model=False)
     monkeypatch.setenv("MY_KEY", SECRET)
     backend = OpenAI("gpt", base_url=server.url + "/v1", api_key_env="MY_KEY")
     endpoint = RuntimeEndpoint(server.url, api_key_env="MY_KEY")
