@@ -9,6 +9,8 @@ f-string; a program that looks at a value to decide what to do next has no one g
 all of it at once: each branch goes on as soon as what it needs is there, whatever stands before it in the program. As with every
 batch, what all begin with is computed first, and locked in the cache as long as the batch lasts.
 
+A program that is called inside is traced too, as a branch that begins with nothing.
+
     python -m pytest tests/test_lang_graph.py
 """
 
@@ -16,9 +18,11 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from engine import Engine
 from errors import UserError
 from lang import ir
 from lang.backend import Backend
@@ -73,6 +77,15 @@ class Result(StandIn):
     def __init__(self, graph: "Graph", state: "Tracer", name: str):
         super().__init__(graph, f"s[{name!r}]")
         self.state, self.name, self.source = state, name, state.last_set[name]
+
+
+@dataclass
+class Call(ir.Expr):
+    """Another program, with what it was called with."""
+
+    program: "Program"
+    backend: Backend | Engine | None
+    params: dict[str, Any]
 
 
 @dataclass
@@ -168,7 +181,17 @@ class Graph:
         """Call the program's function, with stand-ins for what is not among the arguments."""
         names = self.program.arg_names
         given = {name: arguments[name] if name in arguments else Argument(self, name) for name in names}
-        self.program.func(Tracer(self), **given)
+        before = _traced.set(self)
+        try:
+            self.program.func(Tracer(self), **given)
+        finally:
+            _traced.reset(before)
+
+    def call(self, call: Call) -> Tracer:
+        """A branch for a program that is called by the one that is traced."""
+        callee = Tracer(self)
+        callee._record(call)
+        return callee
 
     # ---- to run it
 
@@ -186,7 +209,10 @@ class Graph:
         def replay(s: ProgramState, **arguments: Any) -> None:
             states = {0: s}
             for step in self.steps:
-                states[step.branch]._append([_bound(step.part, states, arguments, states[step.branch])])
+                if isinstance(step.part, Call):
+                    states[step.branch] = step.part.program._state(step.part.backend, step.part.params)
+                else:
+                    states[step.branch]._append([_bound(step.part, states, arguments, states[step.branch])])
 
         kinds = [inspect.Parameter("s", inspect.Parameter.POSITIONAL_ONLY)]
         kinds += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in opened]
@@ -221,6 +247,14 @@ class Graph:
                 yield step.after, i, False
             for need in step.needs:
                 yield need, i, True
+
+
+_traced: ContextVar[Graph | None] = ContextVar("traced", default=None)
+
+
+def traced() -> Graph | None:
+    """The graph that is being made, inside of a program that is traced."""
+    return _traced.get()
 
 
 def trace(program: "Program", **arguments: Any) -> Graph:
@@ -278,6 +312,8 @@ def label(part: Any) -> str:
             return part.label
         case ir.Gather(_, names):
             return f"gather({', '.join(names)})"
+        case Call(program):
+            return f"{program.func.__name__}()"
         case ir.Begin(role):
             return f"{role}_begin"
         case ir.End(role):

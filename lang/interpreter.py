@@ -283,7 +283,7 @@ class ProgramState:
         """End here: whoever waits for something of this state, or of a fork of it that has not begun, gets the error."""
         with self._changed:
             if self._error is None:
-                named = part and next(iter(ir.names_of(part)), None)
+                named = None if part is None else next(iter(ir.names_of(part)), None)
                 self._error = error if isinstance(error, ProgramError) else ProgramError(named, error)
             left, self._queue = [part, *self._queue], deque()
             self._busy = False

@@ -244,9 +244,12 @@ def assistant_end() -> End:
 
 
 def separate_reasoning(expr: Expr, model_type: str) -> Sequel:
-    """Of each variable in `expr`, the thought goes to NAME_reasoning_content. model_type: a parser of serving/reasoning.py."""
-    parts = list(flat(expr))
-    return Sequel([*parts, *(Separate(name, model_type) for part in parts for name in names_of(part))])
+    """Of each variable in `expr`, the thought goes to NAME_reasoning_content.
+
+    model_type: a parser of serving/reasoning.py; "deepseek-r1", as SGLang writes it, is the same as "deepseek_r1".
+    """
+    parts, parser = list(flat(expr)), model_type.replace("-", "_")
+    return Sequel([*parts, *(Separate(name, parser) for part in parts for name in names_of(part))])
 
 
 def checked(params: dict[str, Any], where: str) -> dict[str, Any]:

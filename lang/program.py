@@ -72,7 +72,7 @@ class Program:
         and parameters that there are not; what else fails is raised where a value is asked for.
         """
         arguments, params = self._sorted(args, kwargs)
-        state = self._state(as_backend(backend), params, stream)
+        state = self._state(backend, params, stream)
         if stream:
             threading.Thread(target=self._attempt, args=(state, arguments, Cancel()), daemon=True).start()
         else:
@@ -82,7 +82,7 @@ class Program:
     async def run_async(self, *args: Any, backend: "Backend | Engine | None" = None, **kwargs: Any) -> ProgramState:
         """`run`, and wait until all is done. Whoever cancels the task ends what runs."""
         arguments, params = self._sorted(args, kwargs)
-        state = self._state(as_backend(backend), params)
+        state = self._state(backend, params)
         try:
             await asyncio.to_thread(self._call, state, arguments)
             await asyncio.to_thread(state.sync)
@@ -150,10 +150,15 @@ class Program:
             return self._sorted(job, params)
         raise UserError(f"run_batch takes dicts or lists of arguments; {job!r} is neither")
 
-    def _state(self, backend: Backend, params: dict[str, Any], stream: bool = False) -> ProgramState:
+    def _state(self, backend: "Backend | Engine | None", params: dict[str, Any], stream: bool = False) -> ProgramState:
+        """A new one; called by a program that is traced, a branch of its graph."""
         if stream and self.num_api_spec_tokens:
             raise UserError("stream and num_api_spec_tokens: what is speculated comes in one piece")
-        return ProgramState(Run(backend, params, stream, self.num_api_spec_tokens))
+        if (outer := graph.traced()) is not None:
+            if stream:
+                raise UserError(f"{self.func.__name__} is streamed by another program, which so has no one graph")
+            return outer.call(graph.Call(self, backend, params))
+        return ProgramState(Run(as_backend(backend), params, stream, self.num_api_spec_tokens))
 
     def _call(self, state: ProgramState, arguments: Arguments) -> None:
         """Raises what the function raises."""
@@ -184,6 +189,8 @@ class Program:
         params: dict[str, Any],
         cancel: Cancel,
     ) -> Iterator[ProgramState]:
+        if graph.traced() is not None:
+            raise UserError(f"{self.func.__name__} is run as a batch by another program, which so has no one graph")
         jobs = [self._job(job, params) for job in batch]
         count = max(96, 16 * (os.cpu_count() or 1)) if num_threads == "auto" else num_threads
         if not isinstance(count, int) or count < 1:

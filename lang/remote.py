@@ -156,12 +156,17 @@ class OpenAI(Remote):
         import openai
 
         if "api_key" in options:
-            raise UserError(f"a key is given to no object here; put it into the environment, as {api_key_env}")
+            raise UserError(
+                f"a key is given to no object here; put it into the environment, as {api_key_env} or what api_key_env names"
+            )
         super().__init__(model_name, extras)
         key = os.environ.get(api_key_env) or (None if base_url is None else "none")
         if key is None:
             raise UserError(f"there is no key for OpenAI: set {api_key_env}")
-        client = openai.OpenAI(base_url=base_url, api_key=key, **options)
+        try:
+            client = openai.OpenAI(base_url=base_url, api_key=key, **options)
+        except TypeError as error:  # an option that it does not have
+            raise UserError(str(error)) from None
         self._chat, self._complete = client.chat.completions.create, client.completions.create
 
 
@@ -170,8 +175,10 @@ class LiteLLM(Remote):
 
     def __init__(self, model_name: str, *, extras: bool = False, **options: Any):
         os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else the import asks the network for prices
-        import litellm
-
+        try:
+            import litellm
+        except ImportError:
+            raise UserError('LiteLLM, Anthropic and VertexAI need litellm: pip install "folio-llm[remote]"') from None
         if "api_key" in options:
             raise UserError("a key is given to no object here; put it into the environment, where litellm looks for it")
         super().__init__(model_name, extras)

@@ -67,7 +67,7 @@ class Transcript:
             return self.before
         if self.role is None:
             return self.before + self.render(self.chat, False)
-        if self.role == "assistant":
+        if self.role == "assistant" and self.chat:
             return self.before + self.render(self.chat, True) + self.turn
         open_turn = {"role": self.role, "content": self.turn + MARK}
         return self.before + self.render([*self.chat, open_turn], False).partition(MARK)[0]

@@ -128,6 +128,15 @@ def test_turns_as_functions_blocks_and_borders_are_the_same():
         assert state.messages()[2]["content"] == "I say <1>"
 
 
+def test_the_assistant_may_begin(engine):
+    def program(s):
+        s += assistant("I need a " + gen("x", max_tokens=2) + select("y", ["spoon", "fork"]))
+
+    state = run(program, engine, temperature=0)
+    assert state.text() == engine.tokenizer.render_chat(state.messages(), add_generation_prompt=False)
+    assert state.messages() == [{"role": "assistant", "content": "I need a " + state["x"] + state["y"]}]
+
+
 def test_generation_inside_of_a_users_turn_and_text_between_chats():
     backend = Scripted()
 
@@ -153,6 +162,7 @@ def test_scopes_samples_types_and_reasoning():
     assert state["both"] == "ab" and state["many"] == ["cc", "cc"]
     assert (state["y"], state["y_reasoning_content"]) == ("yes", "hm")
     assert state.text() == "abccyes"
+    assert separate_reasoning(gen("y"), "deepseek-r1") == separate_reasoning(gen("y"), "deepseek_r1")
     assert gen_int("n", stop="!").params["stop"] == ["!", " ", "\n"]
     assert gen_string("n").params == {"regex": r'"[^"\\\n]*"'}
     assert gen("n", logprobs=3).params == {"return_logprob": True, "top_logprobs_num": 3}

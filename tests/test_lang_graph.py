@@ -9,7 +9,7 @@ import pytest
 from test_lang import PATIENCE, Scripted
 
 from errors import UserError
-from lang import assistant, function, gen, select, system, user
+from lang import assistant, function, gen, select, set_default_backend, system, user
 from lang.graph import constant_prefix
 
 
@@ -84,6 +84,53 @@ def test_gathered_and_concatenated_branches():
     plain = program.run("go", backend=Scripted(lengths))
     state = program.trace().run(a="go", backend=Scripted(lengths))
     assert state.text() == plain.text() == "go:<3> and <3>!?" and state["x"] == ["<3>", "<3>"]
+
+
+@function
+def expand(s, tip):
+    s += "More of" + tip + ":" + gen("more", stop=".")
+
+
+@function
+def tips(s, topic):
+    s += "Tips for " + topic + gen("tip")
+    one, two = expand(tip=s["tip"], temperature=0.5), expand(f"[{topic}]")
+    s += one["more"] + " and " + two["more"]
+
+
+def test_a_program_that_calls_another_one():
+    backend, graph = Scripted(lengths), tips.trace()
+    set_default_backend(backend)  # which is where a program runs that is called without one
+    try:
+        plain, asked = tips.run("dogs"), sorted(backend.asked)
+        backend.asked.clear()
+        state = graph.run(topic="dogs")
+        assert state.text() == plain.text() == "Tips for dogs<13><12> and <14>" and sorted(backend.asked) == asked
+        assert [s.text() for s in graph.run_batch([{"topic": "dogs"}] * 2)] == [plain.text()] * 2
+    finally:
+        set_default_backend(None)
+    lines = str(graph).splitlines()
+    call = lines.index(next(line for line in lines if line.endswith("= expand()")))
+    assert lines[call + 1] == f"%{call + 1} = %{call} + 'More of'" and lines[call + 2].endswith("s['tip']  needs %2")
+
+
+def test_a_batch_does_not_run_what_its_program_calls_to_see_how_it_begins():
+    @function
+    def program(s, topic):
+        s += "Once upon a time" + expand(topic, backend=backend)["more"]
+
+    backend = Scripted(lengths)
+    states = program.run_batch([{"topic": "dogs"}, {"topic": "cats"}], backend=backend)
+    assert [state.text() for state in states] == ["Once upon a time<12>"] * 2
+    assert sorted(text for text, _ in backend.asked) == ["More ofcats:", "More ofdogs:"]
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: expand("x", stream=True), lambda: expand.run_batch([["x"]], backend=Scripted())]
+)
+def test_a_stream_or_a_batch_inside_has_no_graph(call):
+    with pytest.raises(UserError, match="no one graph"):
+        function(lambda s: call()).trace()
 
 
 def test_what_is_ready_does_not_wait_for_what_stands_before_it():

@@ -3,6 +3,7 @@
 python -m pytest tests/test_lang_remote.py
 """
 
+import sys
 import threading
 
 import openai as openai_library
@@ -12,7 +13,7 @@ from test_lang import Scripted
 
 from errors import UserError
 from examples.programs.speculative import SHEET, fields, plain, speculative
-from lang import OpenAI, ProgramError, RuntimeEndpoint, assistant, function, gen, select, user
+from lang import OpenAI, ProgramError, RuntimeEndpoint, VertexAI, assistant, function, gen, select, user
 from lang.backend import Cancel, Piece
 from lang.remote import without_keys
 
@@ -166,6 +167,8 @@ def test_keys_come_from_the_environment_and_go_nowhere_else(monkeypatch, server)
         OpenAI("gpt")
     with pytest.raises(UserError, match="a key is given to no object"):
         OpenAI("gpt", api_key=SECRET)
+    with pytest.raises(UserError, match="unexpected keyword argument 'is_chat_model'"):
+        OpenAI("gpt", base_url="http://127.0.0.1:9", is_chat_model=False)
     monkeypatch.setenv("MY_KEY", SECRET)
     backend = OpenAI("gpt", base_url=server.url + "/v1", api_key_env="MY_KEY")
     endpoint = RuntimeEndpoint(server.url, api_key_env="MY_KEY")
@@ -233,6 +236,12 @@ def test_litellm_refuses_what_a_model_does_not_have(litellm, monkeypatch):
 
     with pytest.raises(UserError, match="seed is not to be had"):
         run(lambda s: s.__iadd__(user("x") + assistant(gen("y", seed=1))), Anthropic("claude-3-haiku-20240307"))
+
+
+def test_without_litellm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "litellm", None)  # an import of it fails
+    with pytest.raises(UserError, match="pip install"):
+        VertexAI("gemini-pro")
 
 
 def test_fields_of_the_example_are_those_of_the_plain_program():
