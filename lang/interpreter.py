@@ -24,7 +24,7 @@ from lang.backend import Backend, Cancel, Piece
 from lang.choices import decide
 from lang.speculation import Surplus
 from lang.transcript import Messages, Transcript
-from serving.reasoning import PARSERS, Reasoning
+from reasoning import PARSERS, Reasoning
 
 QUICK = (ir.Text, ir.Begin, ir.End, ir.ScopeBegin, ir.ScopeEnd)  # done at once, by the caller, if nothing waits
 END = object()  # of an iteration

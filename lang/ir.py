@@ -246,7 +246,7 @@ def assistant_end() -> End:
 def separate_reasoning(expr: Expr, model_type: str) -> Sequel:
     """Of each variable in `expr`, the thought goes to NAME_reasoning_content.
 
-    model_type: a parser of serving/reasoning.py; "deepseek-r1", as SGLang writes it, is the same as "deepseek_r1".
+    model_type: one of reasoning.PARSERS; "deepseek-r1", as SGLang writes it, is the same as "deepseek_r1".
     """
     parts, parser = list(flat(expr)), model_type.replace("-", "_")
     return Sequel([*parts, *(Separate(name, parser) for part in parts for name in names_of(part))])

@@ -10,7 +10,7 @@ sse.py             streams, as server-sent events
 openai_api.py      the routes that OpenAI has; openai_protocol.py: what they take; openai_answers.py, openai_shapes.py, logprobs.py:
                    what they say; openai_route.py: how they refuse
 chat.py            a chat becomes a prompt, with what its answer must be
-reader.py          a model's text taken apart: tool_calls.py takes out calls, reasoning.py thoughts; harmony.py both, of gpt-oss
+reader.py          a model's text taken apart: tool_calls.py takes out calls, ../reasoning.py thoughts; harmony.py both, of gpt-oss
 page.py            the page, and the events that it lives from
 metrics.py         /metrics
 params.py          sampling parameters as JSON

@@ -12,16 +12,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import reasoning
 from errors import UserError
 from grammar import harmony as harmony_format
 from grammar import tag
 from grammar.tools import tool_notation
-from serving import harmony, reasoning
+from reasoning import Reasoning
+from serving import harmony
 from serving.api_errors import ApiError
 from serving.harmony import Harmony
 from serving.openai_protocol import ChatRequest, json_text
 from serving.reader import Reader, ThoughtsThenCalls
-from serving.reasoning import Reasoning
 from serving.tool_calls import ALIASES, NOTATIONS, ToolCalls
 from tokenizer import Tokenizer
 

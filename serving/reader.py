@@ -9,7 +9,7 @@ a format for all of it has one (harmony.py). Both say what is new as a `Said`.
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from serving.reasoning import Reasoning
+from reasoning import Reasoning
 from serving.tool_calls import CallDelta, ToolCalls
 
 

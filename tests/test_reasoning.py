@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.reasoning import Reasoning, thought_begun
+from reasoning import Reasoning, thought_begun
 
 
 def split(parser: str, begun: bool | None, *pieces: str) -> tuple[str, str]:
