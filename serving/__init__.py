@@ -5,7 +5,7 @@ app.py             the FastAPI application: routes, errors, the gate
 gate.py            in front of every route: key, body limit, deadline, clients that leave
 api_errors.py      every failure as the OpenAI API's error object
 openapi.py         the server's own description; fields.py: what each field means, and its limits
-native_api.py      the routes that SGLang has; native_protocol.py: what they take and say
+native_api.py      the routes that SGLang has; native_generate.py: what /generate does; native_protocol.py: what they take and say
 sse.py             streams, as server-sent events
 openai_api.py      the routes that OpenAI has; openai_protocol.py: what they take; openai_answers.py, openai_shapes.py, logprobs.py:
                    what they say; openai_route.py: how they refuse
