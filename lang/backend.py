@@ -33,9 +33,10 @@ class Cancelled(Exception):
 
 
 class Cancel:
-    """Ends all that runs under it, from another thread."""
+    """Ends all that runs under it, from another thread. outer: ends this one, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, outer: "Cancel | None" = None):
+        self._outer = outer
         self._ends: set[Callable[[], None]] = set()
         self._lock = threading.Lock()
         self._cancelled = False
@@ -53,7 +54,8 @@ class Cancel:
             self._ends.add(end)
         try:
             self.check()
-            yield
+            with nullcontext() if self._outer is None else self._outer.ends(end):
+                yield
         finally:
             with self._lock:
                 self._ends.discard(end)
@@ -62,6 +64,8 @@ class Cancel:
     def check(self) -> None:
         if self._cancelled:
             raise Cancelled
+        if self._outer is not None:
+            self._outer.check()
 
 
 @dataclass
@@ -256,9 +260,11 @@ def flush_cache(backend: "Backend | Engine | None" = None) -> None:
 
 
 def as_backend(backend: "Backend | Engine | None") -> Backend:
-    """An engine is a backend as it is; None is the default one. UserError if there is none."""
+    """An engine is a backend as it is; None is the default one. UserError if there is none, and for what is no backend."""
     if backend is None:
         if _default is None:
             raise UserError("there is no backend: call set_default_backend, or give `backend`")
         return _default
+    if not isinstance(backend, Backend | Engine):
+        raise UserError(f"backend is {backend!r}; it must be an Engine, or one of the backends of lang")
     return EngineBackend(backend) if isinstance(backend, Engine) else backend

@@ -157,7 +157,7 @@ class RuntimeEndpoint(Backend):
                             raise BackendError(said["error"]["message"])
                         yield said.get("index", 0), said
         except httpx.HTTPError as error:
-            raise BackendError(f"{type(error).__name__}: {error}") from None
+            raise _failed(error) from None
 
 
 class EnvironmentKey(httpx.Auth):
@@ -180,7 +180,11 @@ def _sent(send: partial) -> httpx.Response:
     try:
         return send()
     except httpx.HTTPError as error:
-        raise BackendError(f"{type(error).__name__}: {error}") from None
+        raise _failed(error) from None
+
+
+def _failed(error: httpx.HTTPError) -> BackendError:
+    return BackendError(f"{error.request.url}: {type(error).__name__}: {error}")
 
 
 def _answer(response: httpx.Response) -> Any:

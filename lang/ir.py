@@ -198,6 +198,10 @@ def select(
     """The likeliest of the choices, by one of the methods in choices.py."""
     if not choices or isinstance(choices, str) or not all(isinstance(c, str) and c for c in choices):
         raise UserError(f"choices is {choices!r}; it must be a list of texts that are not empty")
+    if not callable(choices_method):
+        raise UserError(
+            f"choices_method is {choices_method!r}; it must be a function, such as those of lang/choices.py"
+        )
     if temperature:
         raise UserError(f"temperature is {temperature}; a choice is the likeliest one, and none is drawn")
     return Select(name, list(choices), choices_method)
@@ -259,6 +263,8 @@ def checked(params: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{unknown[0]} is not a parameter of {where}; there are {', '.join(sorted(PARAMS))}")
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
+    if not isinstance(given.get("stop", []), list | tuple):
+        raise UserError(f"stop is {given['stop']!r}; it must be a text, or a list of texts")
     if given.get("top_k") == -1:
         given["top_k"] = 0  # both mean off
     if "regex" in given:

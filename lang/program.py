@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
@@ -29,6 +30,8 @@ from lang.interpreter import ProgramState, Run
 
 LEAST_PREFIX = 64  # characters of what all programs of a batch begin with, for which it is computed first (SGLang)
 LAST_WAIT = 1.0  # seconds that an interrupted batch waits for its programs
+
+_within: ContextVar[Cancel | None] = ContextVar("within", default=None)  # of the program that this thread is running
 
 Arguments = tuple[Sequence[Any], dict[str, Any]]
 
@@ -44,6 +47,8 @@ class Program:
     def __init__(self, func: Callable, num_api_spec_tokens: int | None = None, bound: dict[str, Any] | None = None):
         self.func, self.num_api_spec_tokens, self.bound = func, num_api_spec_tokens, bound or {}
         self.signature = inspect.signature(func)
+        if num_api_spec_tokens is not None and (not isinstance(num_api_spec_tokens, int) or num_api_spec_tokens < 1):
+            raise UserError(f"num_api_spec_tokens is {num_api_spec_tokens!r}; it must be a whole number, at least 1")
         names = list(self.signature.parameters)
         if not names:
             raise UserError(f"{func.__name__} must take the state as its first argument")
@@ -106,7 +111,7 @@ class Program:
         What all begin with is computed first, and kept in the cache until the last has ended. One that fails keeps its place: its
         `error()` says why. Ctrl-C ends all of them. generator_style: each state as soon as those before it are there.
         """
-        states = self._many(batch, num_threads, progress_bar, as_backend(backend), params, Cancel())
+        states = self._many(batch, num_threads, progress_bar, as_backend(backend), params, Cancel(_within.get()))
         return states if generator_style else list(states)
 
     async def run_batch_async(
@@ -118,7 +123,7 @@ class Program:
         backend: "Backend | Engine | None" = None,
         **params: Any,
     ) -> list[ProgramState]:
-        cancel = Cancel()
+        cancel = Cancel(_within.get())
         states = self._many(batch, num_threads, progress_bar, as_backend(backend), params, cancel)
         try:
             return await asyncio.to_thread(list, states)
@@ -158,10 +163,12 @@ class Program:
             if stream:
                 raise UserError(f"{self.func.__name__} is streamed by another program, which so has no one graph")
             return outer.call(graph.Call(self, backend, params))
-        return ProgramState(Run(as_backend(backend), params, stream, self.num_api_spec_tokens))
+        cancel = Cancel(_within.get())
+        return ProgramState(Run(as_backend(backend), params, stream, self.num_api_spec_tokens, cancel))
 
     def _call(self, state: ProgramState, arguments: Arguments) -> None:
-        """Raises what the function raises."""
+        """Raises what the function raises. Programs that it calls end with it."""
+        before = _within.set(state.run.cancel)
         try:
             state.ret_value = self.func(state, *arguments[0], **arguments[1])
         except BaseException as error:
@@ -169,6 +176,7 @@ class Program:
             state.run.cancel()
             raise
         finally:
+            _within.reset(before)
             state.run.close()
 
     def _attempt(self, state: ProgramState, arguments: Arguments, cancel: Cancel) -> None:

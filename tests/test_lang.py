@@ -199,6 +199,8 @@ def test_an_argument_of_the_program_wins_over_a_parameter():
         (lambda s: s.__iadd__(gen("x", dtype=int, regex="a")), "dtype and regex"),
         (lambda s: s.__iadd__(select("x", [])), "choices is"),
         (lambda s: s.__iadd__(select("x", ["a"], temperature=1)), "temperature is 1"),
+        (lambda s: s.__iadd__(select("x", ["a"], choices_method="greedy")), "choices_method is 'greedy'"),
+        (lambda s: s.__iadd__(gen("x", stop=5)), "stop is 5"),
         (lambda s: s.fork(0), "the size is 0"),
         (lambda s: s.fork(2).__iadd__(["a"]), "1 parts for 2 branches"),
         (lambda s: s.fork(2).join("both"), "mode is 'both'"),
@@ -221,6 +223,11 @@ def test_arguments_and_backends_that_are_wrong():
         program.run(1)
     with pytest.raises(UserError, match="neither"):
         program.run_batch(["ab"], backend=Scripted())
+    with pytest.raises(UserError, match="backend is 'gpt'"):
+        program.run(1, backend="gpt")
+    for tokens in (0, "many"):
+        with pytest.raises(UserError, match=f"num_api_spec_tokens is {tokens!r}"):
+            function(num_api_spec_tokens=tokens)(lambda s: None)
     set_default_backend(Scripted())
     try:
         assert program.run(1).text() == ""
@@ -420,6 +427,9 @@ def test_a_task_that_is_cancelled_ends_what_runs():
     program = function(two)
     asyncio.run(leave(lambda: program.run_async(backend=Endless())))
     asyncio.run(leave(lambda: program.run_batch_async([{}], backend=Endless())))
+    for inside in (lambda s: program(backend=Endless())["x"], lambda s: program.run_batch([{}], backend=Endless())):
+        asyncio.run(leave(lambda: function(inside).run_async(backend=Scripted())))  # noqa: B023
+        asyncio.run(leave(lambda: function(inside).run_batch_async([{}], backend=Scripted())))  # noqa: B023
 
 
 # ---- many

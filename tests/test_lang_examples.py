@@ -112,7 +112,7 @@ def test_what_a_server_refuses_is_told(endpoint, openai, server):
         state = function(lambda s: s.__iadd__("x" + gen("y", max_tokens=9999))).run(backend=backend, stream=True)
         with pytest.raises(ProgramError, match="y: .*exceed"):
             list(state.text_iter())
-    with pytest.raises(BackendError):
+    with pytest.raises(BackendError, match="http://127.0.0.1:9/get_model_info: ConnectError"):
         RuntimeEndpoint("http://127.0.0.1:9")
     with pytest.raises(BackendError, match="404"):
         RuntimeEndpoint(server.url + "/nowhere")
