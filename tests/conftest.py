@@ -1,10 +1,15 @@
 """What several test files share."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 from server_process import Server, running
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background by a shell, which makes Ctrl-C mean nothing, here and in every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
