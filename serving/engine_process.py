@@ -214,7 +214,7 @@ def load(start: m.Start) -> tuple[Engine, m.ModelFacts]:
         deque(engine.warm_up(), maxlen=0)
     facts = m.ModelFacts(
         model_path=str(path),
-        checkpoint=str(checkpoint.path),
+        checkpoint=str(checkpoint.path.absolute()),
         model_type=checkpoint.raw_config["model_type"],
         dtype=str(engine.model.dtype).removeprefix("torch."),
         device=str(engine.runner.device),

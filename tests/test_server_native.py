@@ -15,6 +15,8 @@ import pytest
 from server_process import HANG, MODEL, ROOT, Server, until
 
 from engine import Engine, SamplingParams
+from serving import messages
+from serving.engine_process import load
 
 PROMPT = "Once upon a time"
 GREEDY = {"temperature": 0, "max_new_tokens": 24}
@@ -176,6 +178,12 @@ def test_tokens_there_and_back(http, offline):
     assert http.post("/tokenize", json={"prompt": [PROMPT, ""]}).json()["count"] == [len(ids), 0]
     assert http.post("/detokenize", json={"tokens": ids}).json() == {"text": PROMPT}
     assert http.post("/detokenize", json={"tokens": [ids, []]}).json() == {"text": [PROMPT, ""]}
+
+
+def test_where_the_tokenizer_is_does_not_depend_on_who_asks(monkeypatch):
+    monkeypatch.chdir(MODEL.parent)
+    _, facts = load(messages.Start(options={"model": MODEL.name, "dtype": "float32"}))
+    assert (facts.model_path, facts.checkpoint) == (MODEL.name, str(MODEL))
 
 
 def test_what_it_says_of_itself(http):
