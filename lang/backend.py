@@ -18,10 +18,9 @@ from typing import Any
 from engine import Engine
 from errors import UserError
 from lang.choices import Score
+from lang.ir import RETURNS
 from lang.transcript import Messages, Transcript
 from scheduler.request import SamplingParams, TokenLogprob
-
-RETURNS = frozenset(("return_logprob", "top_logprobs_num", "return_text_in_logprobs"))  # what to tell, not what to do
 
 
 class BackendError(RuntimeError):
@@ -75,6 +74,7 @@ class Piece:
     text: str
     meta: dict[str, Any]
     index: int = 0
+    thought: str = ""  # if it is separated from the text
 
 
 @dataclass

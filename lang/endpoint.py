@@ -22,8 +22,9 @@ from typing import Any
 import httpx
 
 from errors import UserError
-from lang.backend import RETURNS, Backend, BackendError, Cancel, Piece, begin_of_choice
+from lang.backend import Backend, BackendError, Cancel, Piece, begin_of_choice
 from lang.choices import Score
+from lang.ir import RETURNS
 from lang.transcript import Messages, Transcript
 from tokenizer import Tokenizer
 

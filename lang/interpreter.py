@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from errors import UserError
@@ -24,7 +25,7 @@ from lang.backend import Backend, Cancel, Piece
 from lang.choices import decide
 from lang.speculation import Surplus
 from lang.transcript import Messages, Transcript
-from reasoning import PARSERS, Reasoning
+from reasoning import Reasoning, thought_begun
 
 QUICK = (ir.Text, ir.Begin, ir.End, ir.ScopeBegin, ir.ScopeEnd)  # done at once, by the caller, if nothing waits
 END = object()  # of an iteration
@@ -156,8 +157,6 @@ class ProgramState:
             self.run.backend.check(self.run.defaults | part.params)
         elif isinstance(part, ir.Select):
             self.run.backend.check_select(getattr(part.method, "needs_unconditional", False))
-        elif isinstance(part, ir.Separate) and part.parser not in PARSERS[:-1]:
-            raise UserError(f"model_type is {part.parser!r}; it must be one of {', '.join(PARSERS[:-1])}")
 
     # ---- to be read from
 
@@ -245,7 +244,7 @@ class ProgramState:
         return ready or self._error is not None or not (self.run.open or self._busy)
 
     def __repr__(self) -> str:
-        return f"ProgramState({self.text()!r})"
+        return f"ProgramState({self.text()})"
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -324,16 +323,31 @@ class ProgramState:
     def _do_gen(self, part: ir.Gen) -> None:
         params = self.run.defaults | part.params
         count = params.get("n", 1)
-        texts, metas = [""] * count, [{}] * count
-        self._set(part.name, "" if count == 1 else texts, {})
-        for piece in self._generate(params):
+        texts, thoughts, metas = [""] * count, [""] * count, [{}] * count
+        pieces = self._generate(params)
+        begins = [Piece("", {}, i) for i in range(count)]
+        for piece in chain(begins, self._separated(pieces, part.thinks, count) if part.thinks else pieces):
             texts[piece.index] += piece.text
+            thoughts[piece.index] += piece.thought
             metas[piece.index] = piece.meta
             with self._changed:
                 if piece.index == 0:
                     self._transcript.add(piece.text)
-                self._set(part.name, *((texts[0], metas[0]) if count == 1 else (list(texts), list(metas))))
+                told = (texts[0], thoughts[0], metas[0]) if count == 1 else (list(texts), list(thoughts), list(metas))
+                self._set(part.name, told[0], told[2])
+                self._set(part.thought, told[1])
                 self._changed.notify_all()
+
+    def _separated(self, pieces: Iterator[Piece], parser: str, count: int) -> Iterator[Piece]:
+        begun = thought_begun(self._transcript.text)
+        readers, last = [Reasoning(parser, begun) for _ in range(count)], {}
+        for piece in pieces:
+            thought, answer = readers[piece.index].add(piece.text)
+            last[piece.index] = replace(piece, text=answer, thought=thought)
+            yield last[piece.index]
+        for i, piece in last.items():
+            thought, answer = readers[i].finish()
+            yield replace(piece, text=answer, thought=thought)
 
     def _generate(self, params: dict[str, Any]) -> Iterator[Piece]:
         backend, asked, cancel = self.run.backend, self._transcript, self.run.cancel
@@ -351,15 +365,6 @@ class ProgramState:
         choice, meta = decide(part.choices, scores, part.method)
         self._set(part.name, choice, meta)
         self._add(choice)
-
-    def _do_separate(self, part: ir.Separate) -> None:
-        whole = self._values[part.source]
-        reader = Reasoning(part.parser)
-        thought, answer = ("".join(both) for both in zip(reader.add(whole), reader.finish(), strict=True))
-        with self._changed:
-            self._transcript.replace_end(whole, answer)
-        self._set(part.source, answer, self._meta[part.source])
-        self._set(part.name, thought)
 
     def _do_fork(self, part: ir.Fork) -> None:
         with self._changed:
@@ -397,7 +402,6 @@ DO: dict[type[ir.Expr], Callable[[ProgramState, Any], None]] = {
     ir.ScopeEnd: ProgramState._do_scope_end,
     ir.Gen: ProgramState._do_gen,
     ir.Select: ProgramState._do_select,
-    ir.Separate: ProgramState._do_separate,
     ir.Fork: ProgramState._do_fork,
     ir.Gather: ProgramState._do_gather,
     ir.Concatenate: ProgramState._do_concatenate,

@@ -10,21 +10,23 @@ An expression only says what is wanted. The interpreter does it, or a trace writ
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from errors import UserError
 from lang.choices import ChoicesMethod, token_length_normalized
+from reasoning import THINKS_AT_ONCE
 
 if TYPE_CHECKING:
     from lang.interpreter import ProgramState
 
 ALIASES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
-PARAMS = frozenset(
+RETURNS = frozenset(("return_logprob", "top_logprobs_num", "return_text_in_logprobs"))  # what to tell, not what to do
+PARAMS = RETURNS | frozenset(
     (
         "max_new_tokens", "min_new_tokens", "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "seed",
         "presence_penalty", "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "regex", "json_schema", "ebnf",
-        "json_finish", "disable_any_whitespace", "return_logprob", "top_logprobs_num", "return_text_in_logprobs",
+        "json_finish", "disable_any_whitespace",
     )
 )  # fmt: skip
 DEFAULTS = {"max_new_tokens": 128}  # SGLang's; the rest are those of SamplingParams
@@ -58,6 +60,11 @@ class Text(Expr):
 class Gen(Expr):
     name: str | None
     params: dict[str, Any] = field(default_factory=dict)  # those given, by the names in PARAMS
+    thinks: str | None = None  # as which of reasoning.PARSERS; its thought is a variable of its own then
+
+    @property
+    def thought(self) -> str | None:
+        return f"{self.name}_reasoning_content" if self.thinks and self.name else None
 
 
 @dataclass
@@ -87,18 +94,6 @@ class ScopeEnd(Expr):
     """The text since ScopeBegin is the variable."""
 
     name: str
-
-
-@dataclass
-class Separate(Expr):
-    """Take the thought out of a variable that has just come."""
-
-    source: str
-    parser: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.source}_reasoning_content"
 
 
 @dataclass
@@ -145,10 +140,9 @@ def names_of(expr: Expr) -> list[str]:
     """The variables that an expression sets."""
     if isinstance(expr, Gather):
         return expr.names
-    if isinstance(expr, Separate):
-        return [expr.source, expr.name]
-    named = isinstance(expr, Gen | Select | ScopeEnd) and expr.name is not None
-    return [expr.name] if named else []
+    names = [expr.name] if isinstance(expr, Gen | Select | ScopeEnd) else []
+    names += [expr.thought] if isinstance(expr, Gen) else []
+    return [name for name in names if name is not None]
 
 
 # ---- what a program calls
@@ -159,7 +153,7 @@ def gen(
     max_tokens: int | None = None,
     *,
     choices: Sequence[str] | None = None,
-    choices_method: ChoicesMethod = token_length_normalized,
+    choices_method: ChoicesMethod | None = None,
     dtype: type | str | None = None,
     logprobs: int | None = None,
     **params: Any,
@@ -168,11 +162,13 @@ def gen(
 
     params: PARAMS, `max_tokens` and `min_tokens`; what is not given is as in `run`. choices: the same as `select`. dtype: int,
     float, bool or str, as they are written. logprobs: as `return_logprob` with so many `top_logprobs_num`. UserError for a
-    parameter that there is not.
+    parameter that there is not, or that a choice does not have.
     """
     given = checked({"max_tokens": max_tokens} | params, "gen")
     if choices is not None:
-        return select(name, choices, choices_method=choices_method)
+        if idle := sorted(given.keys() - RETURNS - {"temperature"}) + ["dtype"] * (dtype is not None):
+            raise UserError(f"{idle[0]} and choices are given; a choice is one of the texts as it is")
+        return select(name, choices, given.get("temperature", 0.0), choices_method or token_length_normalized)
     if logprobs is not None:
         given |= {"return_logprob": True, "top_logprobs_num": logprobs}
     if dtype is not None:
@@ -248,12 +244,15 @@ def assistant_end() -> End:
 
 
 def separate_reasoning(expr: Expr, model_type: str) -> Sequel:
-    """Of each variable in `expr`, the thought goes to NAME_reasoning_content.
+    """Of each generation in `expr`, the thought is no part of the text, and goes to NAME_reasoning_content.
 
-    model_type: one of reasoning.PARSERS; "deepseek-r1", as SGLang writes it, is the same as "deepseek_r1".
+    model_type: one of reasoning.THINKS_AT_ONCE; "deepseek-r1", as SGLang writes it, is the same as "deepseek_r1". UserError for
+    another.
     """
-    parts, parser = list(flat(expr)), model_type.replace("-", "_")
-    return Sequel([*parts, *(Separate(name, parser) for part in parts for name in names_of(part))])
+    thinks = model_type.replace("-", "_")
+    if thinks not in THINKS_AT_ONCE:
+        raise UserError(f"model_type is {model_type!r}; it must be one of {', '.join(THINKS_AT_ONCE)}")
+    return Sequel([replace(part, thinks=thinks) if isinstance(part, Gen) else part for part in flat(expr)])
 
 
 def checked(params: dict[str, Any], where: str) -> dict[str, Any]:

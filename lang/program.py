@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from engine import Engine
 from errors import UserError
 from lang import graph, ir
-from lang.backend import Backend, Cancel, as_backend
+from lang.backend import Backend, BackendError, Cancel, as_backend
 from lang.interpreter import ProgramState, Run
 
 LEAST_PREFIX = 64  # characters of what all programs of a batch begin with, for which it is computed first (SGLang)
@@ -222,9 +222,10 @@ class Program:
         threads = [threading.Thread(target=work, daemon=True) for _ in range(min(count, len(jobs)))]
         with ExitStack() as inside, tqdm(total=len(jobs), disable=not progress_bar) as bar:
             try:
-                prefix = graph.constant_prefix(self, backend) if len(jobs) > 1 else None
-                if prefix is not None and len(prefix.text) > LEAST_PREFIX:
-                    inside.enter_context(backend.hold(prefix))
+                with suppress(UserError, BackendError):  # each program meets it itself, and keeps its place
+                    prefix = graph.constant_prefix(self, backend) if len(jobs) > 1 else None
+                    if prefix is not None and len(prefix.text) > LEAST_PREFIX:
+                        inside.enter_context(backend.hold(prefix))
                 for thread in threads:
                     thread.start()
                 for i in range(len(jobs)):

@@ -44,13 +44,6 @@ class Transcript:
         self.messages.append({"role": role, "content": self.turn})
         self.role, self.turn = None, ""
 
-    def replace_end(self, old: str, new: str) -> None:
-        """The last thing added was `old`."""
-        if self.role is not None:
-            self.turn = self.turn.removesuffix(old) + new
-        else:
-            self.before = self.before.removesuffix(old) + new
-
     @property
     def chat(self) -> Messages:
         """The turns that are not plain text yet, but the open one."""

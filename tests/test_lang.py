@@ -150,22 +150,49 @@ def test_generation_inside_of_a_users_turn_and_text_between_chats():
     assert backend.asked[0][0] == "Log:\n[user]I am "
 
 
-def test_scopes_samples_types_and_reasoning():
+def test_scopes_samples_and_types():
     def program(s):
         with s.var_scope("both"):
             s += "a" + gen("x")
         s += gen("many", n=2)
-        s += separate_reasoning(gen("y"), model_type="deepseek_r1")
 
-    said = iter(["b", "cc", "<think>hm</think>\n\nyes"])
+    said = iter(["b", "cc"])
     state = run(program, Scripted(lambda _: next(said)))
     assert state["both"] == "ab" and state["many"] == ["cc", "cc"]
-    assert (state["y"], state["y_reasoning_content"]) == ("yes", "hm")
-    assert state.text() == "abccyes"
-    assert separate_reasoning(gen("y"), "deepseek-r1") == separate_reasoning(gen("y"), "deepseek_r1")
+    assert state.text() == "abcc" and str(state) == "ProgramState(abcc)"
     assert gen_int("n", stop="!").params["stop"] == ["!", " ", "\n"]
     assert gen_string("n").params == {"regex": r'"[^"\\\n]*"'}
     assert gen("n", logprobs=3).params == {"return_logprob": True, "top_logprobs_num": 3}
+
+
+@pytest.mark.parametrize("wrapped", ["the generation", "its turn"])
+def test_a_thought_is_no_part_of_the_text(wrapped):
+    def program(s):
+        s += user("Hi")
+        if wrapped == "its turn":
+            s += separate_reasoning(assistant("So: " + gen("x")), "qwen3")
+        else:
+            s += assistant("So: " + separate_reasoning(gen("x"), model_type="qwen3"))
+        s += user("Bye")
+
+    backend = Scripted(lambda _: "<think>hm, hm</think>\n\nyes")
+    state = run(program, backend)
+    assert (state["x"], state["x_reasoning_content"]) == ("yes", "hm, hm")
+    assert state.text() == "[user]Hi[assistant]So: yes[user]Bye"
+    assert state.messages()[1] == {"role": "assistant", "content": "So: yes"}
+    for name, text in ((None, state.text()), ("x", "yes"), ("x_reasoning_content", "hm, hm")):
+        assert "".join(run(program, backend, stream=True).text_iter(name)) == text
+    assert separate_reasoning(gen("y"), "deepseek-r1") == separate_reasoning(gen("y"), "deepseek_r1")
+
+
+def test_thoughts_of_many_samples_and_of_a_prompt_that_begins_one():
+    def program(s):
+        s += "<think>\n" + separate_reasoning(gen("x", n=2), "qwen3") + separate_reasoning(gen("y"), "qwen3")
+
+    said = iter(["hm</think>yes", "no thought"])
+    state = run(program, Scripted(lambda _: next(said)))
+    assert state["x"] == ["yes", "yes"] and state["x_reasoning_content"] == ["hm", "hm"]
+    assert (state["y"], state["y_reasoning_content"]) == ("no thought", "")
 
 
 def test_a_program_within_a_program_and_bound_arguments():
@@ -201,6 +228,9 @@ def test_an_argument_of_the_program_wins_over_a_parameter():
         (lambda s: s.__iadd__(select("x", ["a"], temperature=1)), "temperature is 1"),
         (lambda s: s.__iadd__(select("x", ["a"], choices_method="greedy")), "choices_method is 'greedy'"),
         (lambda s: s.__iadd__(gen("x", stop=5)), "stop is 5"),
+        (lambda s: s.__iadd__(gen("x", choices=["a"], regex="a")), "regex and choices"),
+        (lambda s: s.__iadd__(gen("x", choices=["a"], dtype=int)), "dtype and choices"),
+        (lambda s: s.__iadd__(gen("x", choices=["a"], temperature=1)), "temperature is 1"),
         (lambda s: s.fork(0), "the size is 0"),
         (lambda s: s.fork(2).__iadd__(["a"]), "1 parts for 2 branches"),
         (lambda s: s.fork(2).join("both"), "mode is 'both'"),
@@ -665,6 +695,19 @@ def test_what_a_batch_begins_with_is_held_while_it_runs(engine):
     states = story.run_batch([{"hero": hero} for hero in ("dog", "fox", "cat")], backend=engine, num_threads=1)
     assert min(held) >= 4 and engine.stats().pages_locked == 0
     assert states[0].get_meta_info("x")["cached_tokens"] >= 16
+    engine.check()
+
+
+def test_a_batch_whose_beginning_cannot_be_held_keeps_all_in_their_places(engine):
+    def too_long(s, x):
+        s += "a" * 3000 + x + gen("z", max_tokens=3)
+
+    def turn_in_a_turn(s, x):
+        s += user("a" + assistant(x))
+
+    for program, says in ((too_long, "z: the prompt has 3001 tokens"), (turn_in_a_turn, "inside of one of the user")):
+        states = function(program).run_batch([{"x": "1"}, {"x": "2"}], backend=engine)
+        assert [says in str(state.error()) for state in states] == [True, True]
     engine.check()
 
 
