@@ -12,11 +12,10 @@ waits for one of its values gets a ProgramError with the name of the variable.
 
 import asyncio
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 from errors import UserError
@@ -322,25 +321,29 @@ class ProgramState:
 
     def _do_gen(self, part: ir.Gen) -> None:
         params = self.run.defaults | part.params
-        count = params.get("n", 1)
-        texts, thoughts, metas = [""] * count, [""] * count, [{}] * count
+        samples = [Piece("", {}, i) for i in range(params.get("n", 1))]
+        self._set_samples(part, samples)
         pieces = self._generate(params)
-        begins = [Piece("", {}, i) for i in range(count)]
-        for piece in chain(begins, self._separated(pieces, part.thinks, count) if part.thinks else pieces):
-            texts[piece.index] += piece.text
-            thoughts[piece.index] += piece.thought
-            metas[piece.index] = piece.meta
+        for piece in self._separated(pieces, part.thinks) if part.thinks else pieces:
+            so_far = samples[piece.index]
+            samples[piece.index] = replace(piece, text=so_far.text + piece.text, thought=so_far.thought + piece.thought)
             with self._changed:
                 if piece.index == 0:
                     self._transcript.add(piece.text)
-                told = (texts[0], thoughts[0], metas[0]) if count == 1 else (list(texts), list(thoughts), list(metas))
-                self._set(part.name, told[0], told[2])
-                self._set(part.thought, told[1])
+                self._set_samples(part, samples)
                 self._changed.notify_all()
 
-    def _separated(self, pieces: Iterator[Piece], parser: str, count: int) -> Iterator[Piece]:
+    def _set_samples(self, part: ir.Gen, samples: Sequence[Piece]) -> None:
+        """The variables, as far as they have come: a value if there is one sample, lists if there are more."""
+        columns = [s.text for s in samples], [s.thought for s in samples], [s.meta for s in samples]
+        text, thought, meta = (column[0] if len(samples) == 1 else column for column in columns)
+        self._set(part.name, text, meta)
+        self._set(part.thought, thought)
+
+    def _separated(self, pieces: Iterator[Piece], parser: str) -> Iterator[Piece]:
+        """The same, with the thoughts taken out of the texts."""
         begun = thought_begun(self._transcript.text)
-        readers, last = [Reasoning(parser, begun) for _ in range(count)], {}
+        readers, last = defaultdict(lambda: Reasoning(parser, begun)), {}
         for piece in pieces:
             thought, answer = readers[piece.index].add(piece.text)
             last[piece.index] = replace(piece, text=answer, thought=thought)

@@ -60,7 +60,7 @@ class Text(Expr):
 class Gen(Expr):
     name: str | None
     params: dict[str, Any] = field(default_factory=dict)  # those given, by the names in PARAMS
-    thinks: str | None = None  # as which of reasoning.PARSERS; its thought is a variable of its own then
+    thinks: str | None = None  # a key of reasoning.THINKS_AT_ONCE: its thought is a variable of its own
 
     @property
     def thought(self) -> str | None:
