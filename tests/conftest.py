@@ -5,11 +5,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from server_process import Server, running
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell, which makes Ctrl-C mean nothing, here and in every process that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Nothing about an example is timed: a busy machine is no failure.
+settings.register_profile(
+    "folio", deadline=None, suppress_health_check=list(HealthCheck), database=None, print_blob=True
+)
+settings.load_profile("folio")
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from waiting import HANG, until
+
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "assets" / "folio-tiny"
-HANG = 120  # seconds after which a wait is taken for a hang
 
 
 @dataclass
@@ -61,10 +61,3 @@ def running(*flags: str) -> Iterator[Server]:
             server.stop()
         reader.join(5)
         process.stderr.close()
-
-
-def until(condition: Callable[[], object], seconds: float = HANG) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.02)

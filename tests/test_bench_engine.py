@@ -108,9 +108,16 @@ def test_soak_passes(capsys):
 
 
 def test_soak_notices_a_lost_page(capsys, monkeypatch):
-    free = PagePool.free
-    monkeypatch.setattr(PagePool, "free", lambda pool, pages: free(pool, pages[1:] if len(pages) == 2 else pages))
-    assert soak.main(SHORT) == 1
+    free, lost = PagePool.free, []
+
+    def lose_one(pool: PagePool, pages: list[int]) -> None:
+        if pages and not lost:
+            lost.append(pages[0])
+            pages = pages[1:]
+        free(pool, pages)
+
+    monkeypatch.setattr(PagePool, "free", lose_one)
+    assert soak.main(SHORT) == 1 and len(lost) == 1
     assert not last_line(capsys.readouterr().out)["passed"]
 
 

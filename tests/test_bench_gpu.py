@@ -6,7 +6,6 @@ python -m pytest tests/test_bench_gpu.py
 import argparse
 import json
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -184,13 +183,11 @@ def python(code: str) -> list[str]:
 
 
 def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has_measured():
-    start = time.monotonic()
-    late = 'import time; print(1); print(\'{"part": "x"}\', flush=True); time.sleep(60)'
+    late = 'import time; print(1); print(\'{"part": "x"}\', flush=True); time.sleep(600)'
     assert list(gpu.measure_apart(python(late), "x", 5)) == [
         {"part": "x"},
         {"part": "x", "skipped": "not done after 5 s"},
     ]
-    assert time.monotonic() - start < 30
 
 
 def test_a_part_that_fails_is_said_to_have_failed():

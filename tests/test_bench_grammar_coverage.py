@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from waiting import HANG
 
 from bench import grammar_coverage as bench
 from bench.grammar_coverage import Case, Judge, Verdict, Worker, in_order, read, total
@@ -112,7 +113,7 @@ def endless(tokenizer, pipe):
     while True:
         case, backend = pipe.recv()
         if case.name == "never":
-            time.sleep(60)
+            time.sleep(HANG)
         if case.name == "death":
             raise SystemExit(1)
         pipe.send(Verdict("ok", backend=backend))
@@ -120,11 +121,11 @@ def endless(tokenizer, pipe):
 
 def test_what_does_not_end_is_killed_and_the_next_is_answered(monkeypatch):
     monkeypatch.setattr(bench, "serve", endless)
-    worker = Worker(TINY, 5)
+    worker = Worker(TINY, HANG)
     ask = [worker.ask(Case("s", name, True, ()), "xgrammar").status for name in ("one", "death", "two")]
     worker._seconds = 0.2
     ask += [worker.ask(Case("s", "never", True, ()), "xgrammar").status]
-    worker._seconds = 5
+    worker._seconds = HANG
     ask += [worker.ask(Case("s", "three", True, ()), "xgrammar").status]
     worker.close()
     assert ask == ["ok", "error", "ok", "slow", "ok"]

@@ -14,8 +14,9 @@ from contextlib import aclosing, contextmanager
 
 import httpx
 import pytest
-from server_process import HANG, ROOT, running
+from server_process import ROOT, running
 from test_server_client import LONG, run  # noqa: F401 (a fixture)
+from waiting import HANG
 
 from serving.api_errors import ServerBusy
 from serving.client import EngineClient

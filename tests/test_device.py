@@ -9,11 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from waiting import HANG
 
 import device
 from device import CpuStream, CudaPending, CudaStream, from_host, open_stream
-
-HANG = 30  # seconds after which a wait is taken for a hang
 
 
 def test_work_runs_in_order_in_one_other_thread_and_in_inference_mode():

@@ -7,7 +7,6 @@ import functools
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import zoo
 from test_families import folder, our_model
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from waiting import HANG, until
 
 from engine import Engine, SamplingParams
 from engine_args import BUNDLED_MODEL
@@ -64,8 +64,7 @@ def ids_of(outputs) -> list[list[int]]:
 
 def settle(engine: Engine) -> None:
     """Wait until what was closed has left, then check that nothing is lost."""
-    while engine.has_work:
-        time.sleep(0.001)
+    until(lambda: not engine.has_work)
     engine.check()
     assert engine.scheduler.available_pages == engine.pool.total and not engine._groups and not engine._live
 
@@ -485,4 +484,4 @@ assert team, "there was no team: this test could not fail"
 engine = Engine.from_pretrained({str(BUNDLED_MODEL)!r}, dtype="float32")
 assert not team & set(os.listdir("/proc/self/task")), "the team is still there"
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1], timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1], timeout=HANG)

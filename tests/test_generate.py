@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from waiting import HANG
 
 import generate
 from bench.checkpoints import BUNDLED
@@ -26,7 +27,7 @@ GREEDY = ["--temperature", "0", "--dtype", "float32", "--max-new-tokens", "12"]
 def run_alone(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
     """As a user runs it."""
     command = [sys.executable, str(ROOT / "generate.py"), *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=os.environ | env, timeout=300)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=os.environ | env, timeout=HANG)
 
 
 def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess:
@@ -203,11 +204,11 @@ def test_ctrl_c_ends_cleanly():
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.read(100).startswith("Once")  # in the midst of it
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 130 and "Traceback" not in err, err
 
 
 def test_help_needs_no_torch():
     code = "import sys, generate\ntry: generate.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=HANG)
     assert result.stdout.splitlines()[-1] == "False"

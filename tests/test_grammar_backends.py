@@ -160,7 +160,7 @@ def test_choices_are_those_texts(name):
     odd = st.sampled_from("ab\\\"'/\n\t\x00\x7f é猫🙂\u2028")
     text = st.text(odd | st.characters(codec="utf-8", exclude_characters="<"), min_size=1)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(text, min_size=1, max_size=6, unique=True), text)
     def exact(choices: list[str], other: str):
         grammar = compiled(name, Spec.choices(choices))

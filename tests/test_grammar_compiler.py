@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import HANG, until
 
 import grammar.compiler
 import grammar.worker
@@ -37,7 +38,6 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).parents[1]
 BUNDLED = ROOT / "assets" / "folio-tiny"
 VOCABULARY = Vocabulary([b"", *(bytes([i]) for i in range(256))], [0], encode=list)
-LONG = 30.0  # seconds after which a test that hangs fails
 
 
 def spec(text: str) -> Spec:
@@ -45,11 +45,11 @@ def spec(text: str) -> Spec:
 
 
 def answer(future: Future) -> Grammar:
-    return future.result(LONG)
+    return future.result(HANG)
 
 
 def error_of(future: Future) -> BaseException:
-    error = future.exception(LONG)
+    error = future.exception(HANG)
     assert error is not None
     return error
 
@@ -79,7 +79,7 @@ class Backend:
             self.at_once += 1
             self.most_at_once = max(self.at_once, self.most_at_once)
         if "wait" in spec.text:
-            assert self.go.wait(LONG)
+            assert self.go.wait(HANG)
         with self._counting:
             self.at_once -= 1
         if "bad" in spec.text:
@@ -232,7 +232,7 @@ def test_who_cancels_withdraws_alone(make, backend):
     assert one.cancel()
     backend.go.set()
     assert answer(two).size == 1000
-    assert one.cancelled() and wait([one], LONG).done
+    assert one.cancelled() and wait([one], HANG).done
 
 
 def test_what_nobody_wants_any_more_is_not_compiled(make, backend):
@@ -242,7 +242,7 @@ def test_what_nobody_wants_any_more_is_not_compiled(make, backend):
     backend.go.set()
     answer(first), answer(last)
     assert backend.started == ["wait", "last"] and compiler.stats().compiling == 0
-    assert wait([unwanted], LONG).done
+    assert wait([unwanted], HANG).done
 
 
 def test_who_asks_after_the_last_has_withdrawn_is_served(make, backend):
@@ -258,18 +258,16 @@ def test_first_come_first_served_and_no_more_at_once_than_threads(make, backend)
     compiler = make()
     answer_all = [compiler.compile(spec(f"wait {i}")) for i in range(20)]
     backend.go.set()
-    wait(answer_all, LONG)
+    wait(answer_all, HANG)
     assert backend.started == [f"wait {i}" for i in range(20)] and backend.most_at_once == 1
 
 
 def test_several_threads_compile_at_once(make, backend):
     compiler = make(threads=3)
     futures = [compiler.compile(spec(f"wait {i}")) for i in range(20)]
-    deadline = threading.Event()
-    while backend.at_once < 3 and not deadline.wait(0.01):
-        pass
+    until(lambda: backend.at_once == 3)
     backend.go.set()
-    wait(futures, LONG)
+    wait(futures, HANG)
     assert backend.most_at_once == 3
 
 
@@ -277,8 +275,7 @@ def test_a_queue_that_is_full_refuses_until_there_is_room(make, backend, monkeyp
     monkeypatch.setattr(grammar.compiler, "MAX_WAITING", 3)
     compiler = make()
     running = compiler.compile(spec("wait"))
-    while not backend.started:
-        threading.Event().wait(0.01)
+    until(lambda: backend.started)
     waiting = [compiler.compile(spec(f"{i}")) for i in range(3)]
     error = error_of(compiler.compile(spec("one more")))
     assert str(error) == "too many grammars are waiting to be compiled; 3 is the limit"
@@ -314,7 +311,7 @@ class SlowWorker:
 
     def compile(self, spec: Spec, spoken: dict | None = None) -> str:
         self.asked.append(spec.text)
-        assert self.go.wait(LONG)
+        assert self.go.wait(HANG)
         if "crash" in spec.text:
             raise Crashed("the grammar compiler crashed on it")
         if "late" in spec.text:
@@ -330,8 +327,7 @@ def test_nobody_waits_for_slow_ones(make, backend, monkeypatch):
     monkeypatch.setattr(grammar.compiler, "MAX_WAITING_SLOW", 2)
     compiler = make()
     slow = [compiler.compile(spec("slow crash"))]
-    while not compiler._worker.asked:
-        threading.Event().wait(0.01)
+    until(lambda: compiler._worker.asked)
     slow += [compiler.compile(spec(text)) for text in ("slow late", "slow bad")]
     assert answer(compiler.compile(spec("quick"))).size == 1000
     assert "2 is the limit" in str(error_of(compiler.compile(spec("slow 3"))))
@@ -355,7 +351,7 @@ def test_close_cancels_what_waits_and_leaves_no_thread(make, backend):
         with pytest.raises(CancelledError):
             answer(future)
     backend.go.set()
-    closing.join(LONG)
+    closing.join(HANG)
     compiler.close()
     assert set(threading.enumerate()) == before
     with pytest.raises(RuntimeError, match="closed"):
@@ -375,7 +371,7 @@ def test_a_compiler_that_is_dropped_leaves_no_thread_and_no_worker(backend, monk
     del compiler
     gc.collect()
     for thread in threads:
-        thread.join(LONG)
+        thread.join(HANG)
     assert worker.go.is_set() and not set(threading.enumerate()) - before
 
 
@@ -400,8 +396,8 @@ def test_whatever_is_asked_at_once_everybody_gets_their_own(make, backend, again
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(LONG)
-    assert not wait([future for _, future in asked], LONG).not_done
+        thread.join(HANG)
+    assert not wait([future for _, future in asked], HANG).not_done
     for text, future in asked:
         if future.cancelled():
             continue
@@ -538,7 +534,7 @@ def test_a_compiled_grammar_that_is_too_large_is_refused(vocabulary, monkeypatch
     from grammar.xgrammar_backend import XgrammarBackend
 
     here = XgrammarBackend(vocabulary)
-    assert grammar.worker._answer(here, PERSON, LONG) == grammar.worker.QUICK
+    assert grammar.worker._answer(here, PERSON, HANG) == grammar.worker.QUICK
     whole = grammar.worker._answer(here, PERSON, 0.0)
     assert whole[:1] == grammar.worker.COMPILED
     monkeypatch.setattr(grammar.worker, "MAX_ANSWER_BYTES", 10_000)
@@ -575,5 +571,5 @@ def test_the_worker_dies_with_its_parent():
         os.kill(os.getpid(), signal.SIGKILL)
     """
     run = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, timeout=HANG)
     assert done.stdout == b"compiling\n", done.stderr.decode()

@@ -246,7 +246,7 @@ SOME_TEXTS = st.lists(
     common=st.lists(PIECES, max_size=3).map("".join),
     backend=st.sampled_from([*BACKENDS]),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_of_any_enum_and_key_only_canonical_tokens_are_jumped_to(texts: list, more: list, common: str, backend: str):
     texts = [common + text for text in texts]
     schema = of(**({"a": {"enum": texts}, "b": {"const": more[0]}} | {more[-1]: {"enum": more}}))
@@ -257,7 +257,7 @@ def test_of_any_enum_and_key_only_canonical_tokens_are_jumped_to(texts: list, mo
 
 
 @given(texts=SOME_TEXTS, common=st.lists(PIECES, max_size=3).map("".join), backend=st.sampled_from([*BACKENDS]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_of_any_choices_only_canonical_tokens_are_jumped_to(texts: list, common: str, backend: str):
     texts = [common + text for text in texts]
     grammar = BACKENDS[backend].compile(Spec.choices(texts))

@@ -7,7 +7,6 @@ import copy
 import json
 import random
 import re
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -271,7 +270,7 @@ def grown(inner):
 SCHEMAS = st.recursive(SCALARS | REFERENCES, grown, max_leaves=8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(SCHEMAS, SCALARS)
 def test_the_one_form_means_the_same(schema, other):
     """python-jsonschema is the judge, on a few values. A reference may lead to nothing, or to itself."""
@@ -286,7 +285,7 @@ def test_the_one_form_means_the_same(schema, other):
         assert after.is_valid(value) == expected, value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SCHEMAS, SCHEMAS)
 def test_what_is_shown_to_exclude_excludes(one, other):
     jsonschema = pytest.importorskip("jsonschema")
@@ -389,7 +388,7 @@ def test_nothing_but_a_user_error():
         values, lambda v: st.lists(v, max_size=3) | st.dictionaries(keywords, v, max_size=4), max_leaves=25
     )
 
-    @settings(max_examples=120, deadline=None)
+    @settings(max_examples=120)
     @given(st.dictionaries(keywords, anything, max_size=5))
     def holds(schema: dict):
         for wanted in ("auto", *support.BACKENDS):
@@ -402,6 +401,7 @@ def test_nothing_but_a_user_error():
 
 
 def test_hostile_schemas_cost_little():
+    """Each would take hours, or all of the stack, if nothing bounded what is looked at."""
     deep: Any = {}
     for _ in range(400):
         deep = {"anyOf": [deep, {"type": "array", "items": {"$ref": "#"}}]}
@@ -412,11 +412,9 @@ def test_hostile_schemas_cost_little():
         "$defs": {str(i): {"oneOf": [{"$ref": f"#/$defs/{i + 1}"}] * 2} for i in range(40)},
         "$ref": "#/$defs/0",
     }
-    start = time.perf_counter()
     for schema in (deep, wide, chain, doubling, {"type": "string", "pattern": "(" * 50_000}):
         with suppress(UserError):
             support.choose(Spec.json_schema(schema))
-    assert time.perf_counter() - start < 10
 
 
 # ---- patterns

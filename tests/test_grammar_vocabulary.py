@@ -44,7 +44,7 @@ def pair(request, tokenizers) -> tuple[Tokenizer, Vocabulary]:
 def test_tokens_spell_texts(pair):
     tokenizer, vocabulary = pair
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(TEXT)
     def spells(text: str):
         ids = vocabulary.encode(text)

@@ -84,7 +84,7 @@ def test_pieces_are_passed_on_as_they_come():
 
 
 @given(data=st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_cut_gives_the_same(data):
     whole = st.sampled_from([THOUGHT, PREAMBLE, CALL, FINAL, START])
     mark = st.sampled_from(

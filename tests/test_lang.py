@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from waiting import HANG, until
 
 from engine import Engine, SamplingParams
 from errors import UserError
@@ -42,7 +43,6 @@ from lang.backend import Piece
 from lang.choices import Score
 
 TINY = Path(__file__).parent.parent / "assets" / "folio-tiny"
-PATIENCE = 30  # seconds after which a wait is taken for a hang
 
 
 class Scripted(Backend):
@@ -272,7 +272,7 @@ def test_python_goes_on_until_a_value_is_needed():
     may_answer = threading.Event()
 
     def say(_):
-        assert may_answer.wait(PATIENCE)
+        assert may_answer.wait(HANG)
         return "late"
 
     def program(s):
@@ -288,7 +288,7 @@ def test_branches_run_at_the_same_time():
     together = threading.Barrier(3)
 
     def say(text):
-        together.wait(PATIENCE)  # breaks, unless all three are here
+        together.wait(HANG)  # breaks, unless all three are here
         return text[-1] * 2
 
     def program(s):
@@ -309,7 +309,7 @@ def test_a_fork_takes_its_place_behind_what_came_before():
     may_answer = threading.Event()
 
     def say(text):
-        assert text or may_answer.wait(PATIENCE)
+        assert text or may_answer.wait(HANG)
         return f"({len(text)})"
 
     def program(s):
@@ -352,7 +352,7 @@ def test_what_waits_for_something_that_has_failed_is_told():
     may_fail = threading.Event()
 
     def say(_):
-        assert may_fail.wait(PATIENCE)
+        assert may_fail.wait(HANG)
         raise RuntimeError("broken")
 
     def program(s):
@@ -409,7 +409,7 @@ def test_a_stream_comes_before_its_end():
     class Slow(Scripted):
         def generate(self, prompt, params, stream, cancel):
             yield Piece("a", {"n": 1})
-            assert read.wait(PATIENCE)
+            assert read.wait(HANG)
             yield Piece("b", {"n": 2})
 
     async def all_of_it():
@@ -442,17 +442,17 @@ def test_a_task_that_is_cancelled_ends_what_runs():
         def generate(self, prompt, params, stream, cancel):
             with cancel.ends(ended.set):
                 began.set()
-                assert ended.wait(PATIENCE)
+                assert ended.wait(HANG)
             yield Piece("never", {})
 
     async def leave(start):
         began.clear(), ended.clear()
         task = asyncio.create_task(start())
-        await asyncio.to_thread(began.wait, PATIENCE)
+        await asyncio.to_thread(began.wait, HANG)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(ended.wait, PATIENCE)
+        assert await asyncio.to_thread(ended.wait, HANG)
 
     program = function(two)
     asyncio.run(leave(lambda: program.run_async(backend=Endless())))
@@ -475,7 +475,7 @@ def test_a_thousand_programs_with_failing_and_slow_ones(capsys):
         if number == 500:
             slow.set()
         if number == 3:
-            assert slow.wait(PATIENCE)
+            assert slow.wait(HANG)
         return str(-number)
 
     def program(s, number):
@@ -500,7 +500,7 @@ def test_generator_style_gives_each_as_it_comes():
     first_read = threading.Event()
 
     def say(text):
-        assert text != "1" or first_read.wait(PATIENCE)
+        assert text != "1" or first_read.wait(HANG)
         return "x"
 
     program = function(lambda s, n: s.__iadd__(f"{n}" + gen("x")))
@@ -519,20 +519,18 @@ def test_ctrl_c_ends_a_batch_and_gives_all_pages_back(slowly):
         s += "Once upon a time" + gen("x", max_tokens=1500, ignore_eos=True)
         running.set()
         if slowly:
-            never.wait(PATIENCE)
+            never.wait(HANG)
         s["x"]
 
     def interrupt():
-        assert running.wait(PATIENCE)
+        assert running.wait(HANG)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         function(program).run_batch([{}] * 30, backend=engine)
     never.set()
-    deadline = threading.Event()
-    while (stats := engine.stats()).running or stats.waiting:
-        assert not deadline.wait(0.01)
+    until(lambda: not engine.has_work)
     engine.check()
     assert engine.stats().pages_locked == 0 and engine.steps < 1500
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server_process import MODEL, Server, until
+from server_process import MODEL, Server
+from waiting import until
 
 from engine import Engine
 from errors import UserError

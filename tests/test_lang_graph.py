@@ -6,7 +6,8 @@ python -m pytest tests/test_lang_graph.py
 import threading
 
 import pytest
-from test_lang import PATIENCE, Scripted
+from test_lang import Scripted
+from waiting import HANG
 
 from errors import UserError
 from lang import assistant, function, gen, select, set_default_backend, system, user
@@ -140,7 +141,7 @@ def test_what_is_ready_does_not_wait_for_what_stands_before_it():
         if text == "b":
             second.set()
         else:
-            assert second.wait(PATIENCE)  # the interpreter would ask for "b" only when this has been said
+            assert second.wait(HANG)  # the interpreter would ask for "b" only when this has been said
         return text * 2
 
     @function

@@ -7,7 +7,6 @@ import asyncio
 import base64
 import json
 import math
-import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pytest
 from openai_server import InProcess, Scripted, app_of, served
 from pydantic import BaseModel
 from server_process import running
+from waiting import until
 
 from engine import Engine, SamplingParams
 from serving.api_errors import RequestFailed
@@ -65,9 +65,7 @@ def client(url):
 @pytest.fixture(autouse=True)
 def conserved(engine):
     yield
-    deadline = time.monotonic() + 10
-    while engine.has_work and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: not engine.has_work)
     engine.check()
 
 
@@ -438,13 +436,6 @@ def test_many_at_once(url, engine):
     assert texts == [offline(engine, f"{i} birds", temperature=0, max_new_tokens=8) for i in range(12)]
 
 
-def wait_until_idle(engine) -> None:
-    deadline = time.monotonic() + 10
-    while engine.has_work and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert not engine.has_work
-
-
 @pytest.mark.parametrize("prompt", ["Once", ["Once", "Twice", "Thrice"]])
 def test_a_client_that_leaves_a_stream_is_aborted(client, engine, prompt):
     before = engine.steps
@@ -452,7 +443,7 @@ def test_a_client_that_leaves_a_stream_is_aborted(client, engine, prompt):
     asked = dict(model=MODEL, prompt=prompt, max_tokens=room, stream=True, extra_body={"ignore_eos": True})
     with client.completions.create(**asked) as stream:
         next(stream)
-    wait_until_idle(engine)
+    until(lambda: not engine.has_work)
     assert engine.steps - before < room / 2
 
 

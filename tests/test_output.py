@@ -138,7 +138,7 @@ def split(text: str, seed: int) -> list[str]:
 letters = st.text(alphabet="ab\n", max_size=30)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, derandomize=True)
 @given(letters, st.lists(st.text(alphabet="ab\n", min_size=1, max_size=5), max_size=4), st.integers(0, 10**6))
 def test_deltas_add_up_for_any_split(text: str, stops: list[str], seed: int):
     """Against a search of the whole text after every piece; what is shown is never retracted."""

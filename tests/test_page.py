@@ -15,7 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server_process import HANG, running
+from server_process import running
+from waiting import HANG
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -25,7 +26,6 @@ playwright = pytest.importorskip("playwright.sync_api", reason="there is no play
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]  # a root's sandbox does not start
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 DESK, PHONE = {"width": 1440, "height": 1240}, {"width": 390, "height": 844}
-PATIENCE = 40  # seconds after which a wait is taken for a hang
 PICTURES = os.environ.get("FOLIO_SCREENSHOTS")
 
 
@@ -49,7 +49,7 @@ def opened(browser, url: str, size=DESK, live=True, **options) -> Iterator:
     errors, asked = [], []
     context = browser.new_context(viewport=size, **options)
     page = context.new_page()
-    page.set_default_timeout(1000 * PATIENCE)
+    page.set_default_timeout(1000 * HANG)
     page.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))

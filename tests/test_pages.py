@@ -78,7 +78,7 @@ def test_a_pool_without_a_usable_page_is_refused(pages: int):
 Steps = st.lists(st.one_of(st.integers(0, 12), st.floats(0, 0.999)), max_size=60)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, derandomize=True)
 @given(st.integers(2, 30), Steps)
 def test_random_traffic_conserves_pages(size: int, steps: list[int | float]):
     pool, held = PagePool(size, 4), []

@@ -432,7 +432,7 @@ Operations = st.lists(
 )
 
 
-@settings(max_examples=250, deadline=None, database=None, print_blob=True)
+@settings(max_examples=250)
 @given(st.sampled_from([1, 2, 4]), st.sampled_from(list(EVICTION)), Operations)
 def test_the_tree_does_what_a_dictionary_of_prefixes_does(page_size: int, eviction: str, operations: list[tuple]):
     t, model = RadixTree(page_size, eviction), Model(page_size)

@@ -12,7 +12,8 @@ import threading
 
 import httpx
 import pytest
-from server_process import HANG, ROOT, running, until
+from server_process import ROOT, running
+from waiting import HANG, until
 
 import server as server_module
 from errors import UserError
@@ -83,11 +84,15 @@ def test_behind_a_key_with_its_engine_killed_under_load_and_drained_in_the_end()
 
 
 def test_time_is_limited_and_so_is_the_drain():
-    with running("--request-timeout", "0.5", "--drain-seconds", "1", "--max-running-requests", "1") as server:
+    eight = {
+        "text": "Once",
+        "sampling_params": LONG["sampling_params"] | {"n": 8},
+    }  # one after another: longer than a second
+    with running("--request-timeout", "1", "--drain-seconds", "1", "--max-running-requests", "1") as server:
         with httpx.Client(base_url=server.url, timeout=HANG) as http:
-            response = http.post("/generate", json=LONG)
+            response = http.post("/generate", json=eight)
             assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
-            with http.stream("POST", "/generate", json=LONG | {"stream": True}) as stream:
+            with http.stream("POST", "/generate", json=eight | {"stream": True}) as stream:
                 lines = [line for line in stream.iter_lines() if line]
             assert '"timeout"' in lines[-2] and lines[-1] == "data: [DONE]"
             until(lambda: not http.get("/server_info").json()["internal_states"][0]["running"])

@@ -14,7 +14,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from server_process import HANG, MODEL
+from server_process import MODEL
+from waiting import HANG
 
 from errors import UserError
 from serving import child as child_module

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from openai_server import InProcess, app_of, served
+from waiting import HANG
 
 from engine import Engine
 from serving.openai_protocol import ChatRequest, CompletionRequest
@@ -29,7 +30,7 @@ def url():
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
 @pytest.mark.parametrize("command", re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL))
 def test_the_commands_run(url, command):
-    done = subprocess.run(["bash", "-c", command], env={"URL": url}, capture_output=True, timeout=60, check=True)
+    done = subprocess.run(["bash", "-c", command], env={"URL": url}, capture_output=True, timeout=HANG, check=True)
     answer = json.loads(done.stdout)
     assert answer["choices"] and answer["usage"]["completion_tokens"] > 0
 

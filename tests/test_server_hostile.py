@@ -7,9 +7,10 @@ import json
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from server_process import HANG, Server
+from server_process import Server
+from waiting import HANG
 
 from serving.native_protocol import AbortRequest, DetokenizeRequest, GenerateRequest, SGLangParams, TokenizeRequest
 from serving.openai_protocol import ChatRequest, CompletionRequest, EmbeddingRequest
@@ -65,7 +66,7 @@ ROUTES = [
     "/detokenize",
     "/abort_request",
 ]
-QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=120)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import re
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server_process import HANG, Server, until
+from server_process import Server
+from waiting import HANG, until
 
 from serving import metrics as metrics_module
 from serving.messages import Delta

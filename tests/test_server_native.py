@@ -12,7 +12,8 @@ import threading
 
 import httpx
 import pytest
-from server_process import HANG, MODEL, ROOT, Server, until
+from server_process import MODEL, ROOT, Server
+from waiting import HANG, until
 
 from engine import Engine, SamplingParams
 from serving import messages

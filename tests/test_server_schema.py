@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -22,7 +22,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from server_process import HANG, MODEL, Server
+from server_process import MODEL, Server
+from waiting import HANG
 
 from serving.app import make_app
 from serving.fields import EXAMPLES, WORDS
@@ -58,13 +59,7 @@ def url(server: Server):
 
 
 @api.parametrize()
-@settings(
-    max_examples=EXAMPLES_EACH,
-    derandomize="FOLIO_EXAMPLES" not in os.environ,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@settings(max_examples=EXAMPLES_EACH, derandomize="FOLIO_EXAMPLES" not in os.environ)
 def test_every_route_does_what_it_says(case, url):
     if case.meta.generation.mode == GenerationMode.POSITIVE:
         keep_few_fields(case)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import zoo
 from test_engine import GREEDY, MIXED, ids_of, make, one, poisoned, prompt_ids, settle
+from waiting import HANG, until
 
 from engine import Engine, SamplingParams
 from errors import EngineFailed, UserError
@@ -24,7 +25,6 @@ from output import Delta
 from scheduler.request import Request, State
 from stats import Throughput
 
-HANG = 60  # seconds after which a wait is taken for a hang
 LONG = SamplingParams(temperature=0, max_new_tokens=100)
 BOTH_LOOPS = pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "normal"])
 
@@ -59,13 +59,6 @@ def ends(deltas: list[Delta]) -> list[str]:
 
 def request_of(engine: Engine, id: str) -> Request:
     return engine._groups[id].requests[0]
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + HANG
-    while not condition():
-        assert time.monotonic() < end, "it never came about"
-        time.sleep(0.001)
 
 
 def in_threads(*targets: Callable[[], object]) -> list[object]:
@@ -282,7 +275,7 @@ def test_aborts_that_race_with_the_end_leave_nothing_behind():
         assert deltas[-1].finish_reason in ("length", "abort")
     stop.set()
     thread.join(HANG)
-    wait_until(lambda: not engine.has_work)
+    until(lambda: not engine.has_work)
     settle(engine)
 
 
@@ -411,7 +404,7 @@ def test_the_thread_that_steps_goes_when_there_is_nothing_to_do_and_comes_again(
     engine = make()
     for _ in range(3):
         engine.generate([1, 2], GREEDY)
-        wait_until(lambda: engine._driver is None)
+        until(lambda: engine._driver is None)
     settle(engine)
 
 
@@ -966,7 +959,7 @@ def test_when_the_device_fails_nobody_waits_for_ever(call: int, overlap: bool):
         return [d async for d in engine.stream([4, 5], LONG)]
 
     def release() -> None:
-        wait_until(lambda: len(engine._groups) == 5)
+        until(lambda: len(engine._groups) == 5)
         go.set()
 
     results = in_threads(

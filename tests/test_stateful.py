@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -408,14 +408,7 @@ def test_random_traffic():
     Traffic.total = Counter()
     run_state_machine_as_test(
         Traffic,
-        settings=settings(
-            max_examples=150,
-            stateful_step_count=40,
-            deadline=None,
-            database=None,
-            print_blob=True,
-            suppress_health_check=list(HealthCheck),
-        ),
+        settings=settings(max_examples=150, stateful_step_count=40),
     )
     assert Traffic.total["steps"] >= LEAST_STEPS and Traffic.total["forced"] > 100
 

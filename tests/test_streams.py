@@ -8,11 +8,10 @@ import gc
 import threading
 
 import pytest
+from waiting import HANG
 
 from output import Delta
 from streams import Stream
-
-HANG = 30  # seconds after which a wait is taken for a hang
 
 
 class Aborts(list):

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from test_engine import ids_of, make, prompt_ids
 from torch import Tensor
+from waiting import HANG
 
 from engine import SamplingParams
 from errors import UserError
 from scheduler.batch import Batch
 from timeline import Timeline
 
-HANG = 30  # seconds after which a wait is taken for a hang
 PARAMS = SamplingParams(temperature=0, max_new_tokens=6)
 
 

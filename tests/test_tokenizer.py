@@ -17,7 +17,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -48,9 +48,7 @@ CHAT = [
     {"role": "skip", "content": "x"},
     {"role": "assistant", "content": None, "name": "a"},
 ]
-fixed = settings(
-    max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+fixed = settings(max_examples=100, derandomize=True)
 
 
 def sentences(n=400):

@@ -173,7 +173,7 @@ def test_behind_a_call_that_does_not_end_rightly_is_text():
 
 
 @given(data=st.data(), notation=st.sampled_from(sorted(OSLO)))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_cut_gives_the_same(data, notation):
     call = OSLO[notation]
     piece = st.one_of(
