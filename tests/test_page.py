@@ -99,8 +99,9 @@ def test_a_chat_streams(browser, url):
         lengths = page.evaluate("window.lengths")
         assert len(text) > 40 and len(lengths) > 5 and lengths == sorted(lengths)  # it has grown, piece by piece
         assert "tokens asked" in page.inner_text(".usage")
-        assert page.locator("#requests li").count() >= 1
-        assert page.locator("#steps rect").count() > 5 and "%" in page.inner_text("#overlap")
+        page.wait_for_selector("#requests li")
+        page.wait_for_function("() => document.querySelectorAll('#steps rect').length > 5")
+        page.wait_for_selector("#overlap:has-text('%')")
 
 
 def test_the_tree_grows_a_shared_prefix_on_the_second_question(browser, url):
