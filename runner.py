@@ -12,7 +12,7 @@ nothing is compiled or captured, which `compiled_graphs` and `len(runner.replays
 What lies on the device stays there: pages, page table, sampling parameters, each row's last token and length. A step brings only
 what has changed, in one copy; a decode of the rows of the step before, with no new page, brings nothing.
 
-    python -m pytest tests/test_runner.py
+    python -m pytest tests/test_compiled.py
 """
 
 import os

@@ -8,7 +8,7 @@ A decode needs nothing from the host but which rows: the last token of each row 
 device, and both advance here. So a step can be launched before anyone knows what the one before has sampled, and
 a step that was captured once can be replayed. Row 0 is padding: its history is empty and remains so.
 
-    python -m pytest tests/test_runner.py
+    python -m pytest tests/test_compiled.py
 """
 
 from dataclasses import dataclass

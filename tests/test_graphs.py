@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_runner import LATENT, make_engine, tokens, workload
+from small_model import LATENT, make_engine, tokens, workload
 
 import runner as runner_module
 from engine import Engine, SamplingParams

@@ -5,7 +5,7 @@ TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_triton_engine.py
 
 import pytest
 import torch
-from test_runner import LATENT, MOE, make_engine, workload
+from small_model import LATENT, MOE, make_engine, workload
 
 from engine import Engine, SamplingParams
 from rope import RopeSpec
@@ -26,7 +26,12 @@ MODELS = {
 }
 
 
-def run(engine: Engine, temperatures: tuple[int, ...] = (0, 1, 0, 1, 0, 0), masked: bool = False) -> list[list[int]]:
+def engine_on(attention: str, knobs: dict, **options) -> Engine:
+    """Of few rows: the interpreter is slow, and computes the padding too."""
+    return make_engine(DEVICE, knobs, attention=attention, max_batch_size=3, **options)
+
+
+def run(engine: Engine, temperatures: tuple[int, ...] = (0, 1, 0, 1), masked: bool = False) -> list[list[int]]:
     """Prompts that share a prefix, longer ones in chunks, greedy and seeded, more than there are rows."""
     allowed = (lambda ids: range(len(ids) % 3, 96, 2)) if masked else None
     prompts, _ = workload(3)
@@ -39,8 +44,8 @@ def run(engine: Engine, temperatures: tuple[int, ...] = (0, 1, 0, 1, 0, 0), mask
 
 @pytest.mark.parametrize("knobs", MODELS.values(), ids=MODELS)
 def test_same_tokens_as_the_reference(knobs):
-    expected = run(make_engine(DEVICE, knobs, attention="reference"))
-    engine = make_engine(DEVICE, knobs, attention="triton", page_size=4)
+    expected = run(engine_on("reference", knobs))
+    engine = engine_on("triton", knobs, page_size=4)
     assert engine.runner.attention == "triton"
     assert run(engine) == expected
     assert run(engine) == expected  # from the cache
@@ -48,16 +53,15 @@ def test_same_tokens_as_the_reference(knobs):
 
 @pytest.mark.parametrize("knobs", [{}, LATENT], ids=["heads", "latent"])
 def test_compiled_as_one_graph_and_only_once(knobs):
-    sampled = (1,) * 6
-    reference = make_engine(DEVICE, knobs, attention="reference")
+    sampled = (1,) * 4
+    reference = engine_on("reference", knobs)
     expected = [run(reference, sampled, masked) for masked in (False, True)]
-    engine = make_engine(DEVICE, knobs, attention="triton")
+    engine = engine_on("triton", knobs)
     before = compiled_graphs()
     for _ in engine.compile(greedy=False):
         pass
     graphs = compiled_graphs()
-    assert (
-        graphs - before == 3 + 4
-    )  # decode of one row, of many, prompts; sampling for one row and many, masked and not
+    # decode of one row, of many, prompts; sampling for one row and many, masked and not
+    assert graphs - before == 3 + 4
     assert [run(engine, sampled, masked) for masked in (False, True)] == expected
     assert compiled_graphs() == graphs
