@@ -155,7 +155,7 @@ class ProgramState:
         if isinstance(part, ir.Gen):
             self.run.backend.check(self.run.defaults | part.params)
         elif isinstance(part, ir.Select):
-            self.run.backend.check_select(getattr(part.method, "needs_unconditional", False))
+            self.run.backend.check_select(part.needs_unconditional)
 
     # ---- to be read from
 
@@ -363,8 +363,7 @@ class ProgramState:
             yield from backend.generate(asked, params, self.run.stream, cancel)
 
     def _do_select(self, part: ir.Select) -> None:
-        unconditional = getattr(part.method, "needs_unconditional", False)
-        scores = self.run.backend.score(self._transcript, part.choices, unconditional)
+        scores = self.run.backend.score(self._transcript, part.choices, part.needs_unconditional)
         choice, meta = decide(part.choices, scores, part.method)
         self._set(part.name, choice, meta)
         self._add(choice)

@@ -73,6 +73,11 @@ class Select(Expr):
     choices: list[str]
     method: ChoicesMethod
 
+    @property
+    def needs_unconditional(self) -> bool:
+        """Does the method ask how likely the choices are by themselves?"""
+        return getattr(self.method, "needs_unconditional", False)
+
 
 @dataclass
 class Begin(Expr):

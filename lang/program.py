@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -34,6 +34,7 @@ LAST_WAIT = 1.0  # seconds that an interrupted batch waits for its programs
 _within: ContextVar[Cancel | None] = ContextVar("within", default=None)  # of the program that this thread is running
 
 Arguments = tuple[Sequence[Any], dict[str, Any]]
+Job, Result = TypeVar("Job"), TypeVar("Result")
 
 
 def function(func: Callable | None = None, num_api_spec_tokens: int | None = None) -> Any:
@@ -200,45 +201,61 @@ class Program:
         if graph.traced() is not None:
             raise UserError(f"{self.func.__name__} is run as a batch by another program, which so has no one graph")
         jobs = [self._job(job, params) for job in batch]
-        count = max(96, 16 * (os.cpu_count() or 1)) if num_threads == "auto" else num_threads
-        if not isinstance(count, int) or count < 1:
+        threads = max(96, 16 * (os.cpu_count() or 1)) if num_threads == "auto" else num_threads
+        if not isinstance(threads, int) or threads < 1:
             raise UserError(f"num_threads is {num_threads!r}; it must be a whole number, at least 1, or 'auto'")
-        done: dict[int, ProgramState] = {}
-        changed, todo = threading.Condition(), iter(enumerate(jobs))
 
-        def work() -> None:
-            while True:
-                with changed:
-                    i, (arguments, values) = next(todo, (None, (None, None)))
-                if i is None:
-                    return
-                state = self._state(backend, values)
-                self._attempt(state, arguments, cancel)
-                with changed:
-                    done[i] = state
-                    bar.update()
-                    changed.notify_all()
+        def attempt(job: tuple[Arguments, dict[str, Any]]) -> ProgramState:
+            arguments, values = job
+            state = self._state(backend, values)
+            self._attempt(state, arguments, cancel)
+            return state
 
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(count, len(jobs)))]
         with ExitStack() as inside, tqdm(total=len(jobs), disable=not progress_bar) as bar:
-            try:
-                with suppress(UserError, BackendError):  # each program meets it itself, and keeps its place
-                    prefix = graph.constant_prefix(self, backend) if len(jobs) > 1 else None
-                    if prefix is not None and len(prefix.text) > LEAST_PREFIX:
-                        inside.enter_context(backend.hold(prefix))
-                for thread in threads:
-                    thread.start()
-                for i in range(len(jobs)):
-                    with changed:
-                        changed.wait_for(lambda: i in done)  # noqa: B023
-                        state = done.pop(i)
-                    yield state
-            except BaseException:
-                cancel()
-                with changed:
-                    todo = iter(())
-                end = time.monotonic() + LAST_WAIT
-                for thread in threads:
-                    if thread.ident is not None:
-                        thread.join(max(0, end - time.monotonic()))
-                raise
+            with suppress(UserError, BackendError):  # each program meets it itself, and keeps its place
+                prefix = graph.constant_prefix(self, backend) if len(jobs) > 1 else None
+                if prefix is not None and len(prefix.text) > LEAST_PREFIX:
+                    inside.enter_context(backend.hold(prefix))
+            yield from in_order(attempt, jobs, threads, bar.update, cancel)
+
+
+def in_order(
+    do: Callable[[Job], Result], jobs: Sequence[Job], threads: int, tick: Callable[[], Any], cancel: Cancel
+) -> Iterator[Result]:
+    """`do` of each job, in so many threads; each result as soon as those before it are there. tick: called for each that is done.
+
+    Whoever leaves before the end, or is interrupted, cancels: no other job is begun, and those that run get LAST_WAIT to end.
+    """
+    done: dict[int, Result] = {}
+    changed, todo = threading.Condition(), iter(enumerate(jobs))
+
+    def work() -> None:
+        while True:
+            with changed:
+                i, job = next(todo, (None, None))
+            if i is None:
+                return
+            result = do(job)
+            with changed:
+                done[i] = result
+                tick()
+                changed.notify_all()
+
+    pool = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(jobs)))]
+    try:
+        for thread in pool:
+            thread.start()
+        for i in range(len(jobs)):
+            with changed:
+                changed.wait_for(lambda: i in done)  # noqa: B023
+                result = done.pop(i)
+            yield result
+    except BaseException:
+        cancel()
+        with changed:
+            todo = iter(())
+        end = time.monotonic() + LAST_WAIT
+        for thread in pool:
+            if thread.ident is not None:
+                thread.join(max(0, end - time.monotonic()))
+        raise
