@@ -62,7 +62,7 @@ def test_a_short_soak(server: Server, capsys):
     args = serve_soak.parse_args(["--minutes", "0.05", "--clients", "16", "--every", "1"])
     soak = serve_soak.Soak(server.url, args)
     asyncio.run(soak.run({"server": server.process.pid}))
-    assert soak.watched.failures == [] and soak.watched.done["read"] > 0
+    assert soak.watched.failures == [] and soak.watched.done["read"] > 5
     assert all(memory > 0 for _, memory in soak.watched.memory["server"])
     assert serve_soak.left_behind(server.url) is None
 

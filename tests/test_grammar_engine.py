@@ -66,8 +66,8 @@ def make(model: str = "folio-tiny", **options) -> Engine:
 
 
 def asked(seed: int, temperature: float, **extra) -> tuple[list[str], list[SamplingParams]]:
-    """Every kind with two of the prompts, in an order of its own."""
-    each = [(PROMPTS[i % 4], kind) for n, kind in enumerate(KINDS) for i in (n, n + 1)]
+    """Every kind with every prompt, in an order of its own."""
+    each = [(prompt, kind) for prompt in PROMPTS for kind in KINDS]
     random.Random(seed).shuffle(each)
     common = dict(max_new_tokens=40, temperature=temperature, **extra)
     return [prompt for prompt, _ in each], [

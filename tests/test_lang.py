@@ -513,13 +513,13 @@ def test_generator_style_gives_each_as_it_comes():
 @pytest.mark.parametrize("slowly", [False, True], ids=["quick", "a program that cannot be stopped"])
 def test_ctrl_c_ends_a_batch_and_gives_all_pages_back(slowly):
     engine = Engine.from_pretrained(TINY, dtype="float32", max_batch_size=4)
-    running, never = threading.Event(), threading.Event()
+    running, never, waited = threading.Event(), threading.Event(), []
 
     def program(s):
         s += "Once upon a time" + gen("x", max_tokens=1500, ignore_eos=True)
         running.set()
         if slowly:
-            never.wait(HANG)
+            waited.append(never.wait(HANG))
         s["x"]
 
     def interrupt():
@@ -530,6 +530,7 @@ def test_ctrl_c_ends_a_batch_and_gives_all_pages_back(slowly):
     with pytest.raises(KeyboardInterrupt):
         function(program).run_batch([{}] * 30, backend=engine)
     never.set()
+    assert all(waited)  # the batch has not waited until they gave up
     until(lambda: not engine.has_work)
     engine.check()
     assert engine.stats().pages_locked == 0 and engine.steps < 1500
